@@ -64,7 +64,7 @@ def orthonormal(matrix: npt.ArrayLike) -> F64:
     u, _, vt = np.linalg.svd(np.asarray(matrix, dtype=np.float64))
     sign = np.sign(np.linalg.det(u @ vt))
     u[..., :, 2] *= sign[..., None]
-    return u @ vt
+    return np.asarray(u @ vt)
 
 
 def similarity_fit(

@@ -103,7 +103,10 @@ def export_warp(canonical: npt.NDArray[np.float32]) -> tuple[MeshWarp, bytes]:
         )
     model = onnx.load_from_string(buffer.getvalue())
     grid = module.config.grid
-    shapes = {names.IMAGE: ("batch", "height", "width", 3), names.DEFORMATION: ("batch", grid, grid, 2)}
+    shapes: dict[str, tuple[int | str, ...]] = {
+        names.IMAGE: ("batch", "height", "width", 3),
+        names.DEFORMATION: ("batch", grid, grid, 2),
+    }
     _state_shapes(model, shapes)
     onnx.checker.check_model(model, full_check=True)
     opset = _opset(model)
