@@ -1,0 +1,62 @@
+"""Names of graphs and tensors, shared by export and runtime: tensors are bound by name, never by position."""
+
+from __future__ import annotations
+
+from typing import Final
+
+__all__ = [
+    "APPEARANCE",
+    "BOXES",
+    "DEFORMATION",
+    "EXP",
+    "FACE_DETECTOR",
+    "FACE_MESH",
+    "FEATURE_3D",
+    "IMAGE",
+    "KP",
+    "KP_DRIVING",
+    "KP_SOURCE",
+    "MOTION",
+    "PITCH",
+    "POINTS",
+    "RETARGET_EYE",
+    "RETARGET_LIP",
+    "ROLL",
+    "SCALE",
+    "SCORE",
+    "SCORES",
+    "SOURCE_IMAGE",
+    "STITCHING",
+    "WARP_DECODE",
+    "YAW",
+    "T",
+]
+
+# Graphs
+FACE_DETECTOR: Final = "face_detector"
+FACE_MESH: Final = "face_mesh"
+APPEARANCE: Final = "appearance_feature_extractor"
+MOTION: Final = "motion_extractor"
+WARP_DECODE: Final = "warp_decode"
+STITCHING: Final = "stitching"
+RETARGET_EYE: Final = "retarget_eye"
+RETARGET_LIP: Final = "retarget_lip"
+
+# Tensors
+IMAGE: Final = "image"
+SOURCE_IMAGE: Final = "source_image"
+BOXES: Final = "boxes"
+SCORES: Final = "scores"
+POINTS: Final = "points"
+SCORE: Final = "score"
+FEATURE_3D: Final = "feature_3d"
+DEFORMATION: Final = "deformation"
+KP_SOURCE: Final = "kp_source"
+KP_DRIVING: Final = "kp_driving"
+PITCH: Final = "pitch"
+YAW: Final = "yaw"
+ROLL: Final = "roll"
+T: Final = "t"
+EXP: Final = "exp"
+SCALE: Final = "scale"
+KP: Final = "kp"

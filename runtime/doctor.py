@@ -1,0 +1,436 @@
+"""What this machine has and lacks: versions, hardware, backends and encoders that were tried, the built-in bundle.
+
+Nothing here is taken on trust where trying is cheap: a backend counts as working when it ran a network with the right
+numbers, an encoder when it encoded a frame, a bundle when all hashes fit and its networks could be opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from lp_edge.engines.backends import BackendConfig, BackendStatus, available_backends
+from lp_edge.engines.bundle import open_bundle
+from lp_edge.engines.ort import CUDA, import_onnxruntime
+from lp_edge.errors import LpEdgeError
+
+__all__ = [
+    "BundleStatus",
+    "Component",
+    "EncoderStatus",
+    "Gpu",
+    "Machine",
+    "Missing",
+    "Report",
+    "examine",
+    "examine_bundle",
+    "examine_components",
+    "examine_encoders",
+    "examine_machine",
+    "lp_edge_version",
+]
+
+_REINSTALL: Final = "pip install --force-reinstall lp-edge"
+_TIMEOUT: Final = 10.0
+
+
+@dataclass(frozen=True)
+class Component:
+    """A piece of software.
+
+    Attributes:
+        name: what people call it.
+        version: as it states it itself; None when it is not there or cannot be imported.
+        needed: whether lp-edge cannot do its main job without it.
+        use: what it is for.
+        problem: what is wrong, or "".
+        remedy: what to do about it, or "".
+    """
+
+    name: str
+    version: str | None
+    needed: bool
+    use: str
+    problem: str = ""
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """An NVIDIA GPU; what could not be found out is ""."""
+
+    name: str
+    memory_mib: int | None = None
+    driver: str = ""
+    compute_capability: str = ""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The hardware.
+
+    Attributes:
+        system: operating system and kernel.
+        cpu: model name, or the architecture.
+        cores: cores that this process may use.
+        memory_mib: physical memory; None when unknown.
+        gpus: NVIDIA GPUs that the driver shows.
+        driver: version of the NVIDIA driver, or "".
+        jetson: model and release of a Jetson, or "".
+    """
+
+    system: str
+    cpu: str
+    cores: int
+    memory_mib: int | None
+    gpus: tuple[Gpu, ...]
+    driver: str
+    jetson: str
+
+
+@dataclass(frozen=True)
+class EncoderStatus:
+    """Whether an encoder of PyAV encoded a frame."""
+
+    name: str
+    works: bool
+    needed: bool
+    use: str
+    detail: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class BundleStatus:
+    """Whether a bundle is whole and every network in it opens on the CPU."""
+
+    path: str
+    works: bool
+    detail: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Something that is not as it could be. ``needed``: the main job does not work without it."""
+
+    what: str
+    remedy: str
+    needed: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that :func:`examine` found."""
+
+    components: tuple[Component, ...]
+    machine: Machine
+    backends: tuple[BackendStatus, ...]
+    encoders: tuple[EncoderStatus, ...]
+    bundle: BundleStatus
+
+    @property
+    def ok(self) -> bool:
+        """Whether the main job works here."""
+        return not any(entry.needed for entry in self.missing())
+
+    def missing(self) -> list[Missing]:
+        """What is missing and how to get it, what is needed first.
+
+        A GPU backend counts as missing only where there is a GPU.
+        """
+        found = [
+            Missing(c.problem or f"{c.name} is not installed ({c.use})", c.remedy, c.needed)
+            for c in self.components
+            if c.problem or c.version is None
+        ]
+        any_works = any(b.works for b in self.backends)
+        gpu = bool(self.machine.gpus or self.machine.jetson)
+        found += [
+            Missing(b.detail, b.remedy, b.name == "cpu" and not any_works)
+            for b in self.backends
+            if not b.works and (b.name == "cpu" or gpu)
+        ]
+        found += [
+            Missing(f"encoder {e.name} ({e.use}): {e.detail}", e.remedy, e.needed)
+            for e in self.encoders
+            if not e.works
+        ]
+        if not self.bundle.works:
+            found.append(Missing(self.bundle.detail, self.bundle.remedy, True))
+        return sorted(found, key=lambda entry: not entry.needed)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain containers for JSON, with ``ok`` and ``missing``."""
+        return {"ok": self.ok, **asdict(self), "missing": [asdict(entry) for entry in self.missing()]}
+
+
+# -- software ---------------------------------------------------------------------------------------
+
+
+def lp_edge_version() -> str | None:
+    """Version of the installed lp-edge; None when it runs from a folder that was never installed."""
+    return _distribution("lp-edge")
+
+
+def _distribution(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _imported(name: str, module: str, use: str, remedy: str) -> Component:
+    """A needed component, tried by importing it: a missing system library shows only then."""
+    try:
+        version = str(importlib.import_module(module).__version__)
+    except Exception as error:  # noqa: BLE001 - a broken native library raises anything
+        return Component(name, None, True, use, f"{name} cannot be imported ({error})", remedy)
+    return Component(name, version, True, use)
+
+
+def _optional(name: str, distribution: str, use: str, remedy: str) -> Component:
+    """An optional component, looked up without importing it."""
+    version = _distribution(distribution)
+    return Component(name, version, False, use, "", "" if version else remedy)
+
+
+def examine_components() -> tuple[Component, ...]:
+    """Versions of what lp-edge is made of."""
+    version = lp_edge_version()
+    own = Component("lp-edge", version, False, "this program", "", "" if version else "pip install lp-edge")
+    python = Component("Python", platform.python_version(), True, "runs everything")
+    ort = _imported("ONNX Runtime", "onnxruntime", "runs the networks", "pip install onnxruntime")
+    both = ort.version and _distribution("onnxruntime") and _distribution("onnxruntime-gpu")
+    if both and CUDA not in import_onnxruntime().get_available_providers():
+        problem = "onnxruntime has overwritten onnxruntime-gpu: both are installed, and the CPU build won"
+        remedy = "pip uninstall -y onnxruntime onnxruntime-gpu; pip install onnxruntime-gpu"
+        ort = replace(ort, needed=False, problem=problem, remedy=remedy)
+    return (
+        own,
+        python,
+        _imported("NumPy", "numpy", "arrays", "pip install numpy"),
+        _imported("OpenCV", "cv2", "pictures", "pip install opencv-python-headless"),
+        _imported("PyAV", "av", "video and audio", "pip install av"),
+        ort,
+        _optional("PyTorch", "torch", "lp-export", "pip install 'lp-edge[export]'"),
+        _optional("ONNX", "onnx", "lp-export", "pip install 'lp-edge[export]'"),
+    )
+
+
+# -- hardware ---------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8", "replace").replace("\0", " ").strip()
+    except OSError:
+        return ""
+
+
+def _field(text: str, name: str) -> str:
+    """First value of ``name : value`` lines, case ignored."""
+    for line in text.splitlines():
+        key, colon, value = line.partition(":")
+        if colon and key.strip().lower() == name.lower():
+            return value.strip()
+    return ""
+
+
+def _nvidia_smi() -> tuple[Gpu, ...]:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ()
+    # older drivers do not know compute_cap and refuse the whole query
+    for fields in ("name,memory.total,driver_version,compute_cap", "name,memory.total,driver_version"):
+        command = [tool, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
+        except (OSError, subprocess.SubprocessError):
+            return ()
+        if done.returncode == 0:
+            return tuple(_gpu_of(line) for line in done.stdout.splitlines() if line.strip())
+    return ()
+
+
+def _gpu_of(line: str) -> Gpu:
+    name, memory, driver, capability = ([part.strip() for part in line.split(",")] + [""] * 4)[:4]
+    return Gpu(name, int(memory) if memory.isdigit() else None, driver, capability)
+
+
+def _gpus(root: Path) -> tuple[Gpu, ...]:
+    # without the tool (slim containers) the driver's own files still tell
+    driver = _driver(root)
+    files = sorted((root / "proc/driver/nvidia/gpus").glob("*/information"))
+    shown = tuple(Gpu(_field(_read(file), "Model") or "NVIDIA GPU", None, driver) for file in files)
+    return _nvidia_smi() or shown
+
+
+def _driver(root: Path) -> str:
+    """Version in a line such as ``NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.14  <date>``."""
+    for word in _field(_read(root / "proc/driver/nvidia/version"), "NVRM version").split():
+        if word[0].isdigit() and "." in word:
+            return word
+    return ""
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def examine_machine(root: Path = Path("/")) -> Machine:
+    """The hardware, read from ``/proc``, ``/etc`` and ``nvidia-smi`` where there is one.
+
+    Args:
+        root: where ``proc`` and ``etc`` are.
+    """
+    memory = _field(_read(root / "proc/meminfo"), "MemTotal").split()
+    release = _read(root / "etc/nv_tegra_release").splitlines()
+    model = _read(root / "proc/device-tree/model")
+    jetson = ", ".join(part for part in (model, release[0].lstrip("# ")) if part) if release else ""
+    gpus = _gpus(root)
+    return Machine(
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        cpu=_field(_read(root / "proc/cpuinfo"), "model name")
+        or model
+        or platform.processor()
+        or platform.machine(),
+        cores=_cores(),
+        memory_mib=int(memory[0]) // 1024 if memory and memory[0].isdigit() else None,
+        gpus=gpus,
+        driver=_driver(root) or (gpus[0].driver if gpus else ""),
+        jetson=jetson,
+    )
+
+
+# -- encoders ---------------------------------------------------------------------------------------
+
+
+def _encode_picture(av: Any, name: str) -> int:
+    context = av.codec.CodecContext.create(name, "w")
+    context.width = context.height = 64
+    context.pix_fmt, context.time_base, context.framerate = "yuv420p", Fraction(1, 25), Fraction(25)
+    frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 128, np.uint8), format="rgb24").reformat(
+        format="yuv420p"
+    )
+    frame.pts, frame.time_base = 0, Fraction(1, 25)
+    return sum(packet.size for packet in [*context.encode(frame), *context.encode(None)])
+
+
+def _encode_sound(av: Any, name: str) -> int:
+    context = av.codec.CodecContext.create(name, "w")
+    context.sample_rate, context.layout, context.time_base = 48000, "stereo", Fraction(1, 48000)
+    context.format = context.codec.audio_formats[0]
+    frame = av.AudioFrame(format=context.format, layout="stereo", samples=960)
+    for plane in frame.planes:
+        plane.update(bytes(plane.buffer_size))
+    frame.sample_rate, frame.pts, frame.time_base = 48000, 0, Fraction(1, 48000)
+    context.open()
+    if context.frame_size and context.frame_size != frame.samples:
+        fifo = av.AudioFifo()
+        frames = []
+        for step in range(3):
+            frame.pts = 960 * step
+            fifo.write(frame)
+        while (piece := fifo.read(context.frame_size)) is not None:
+            frames.append(piece)
+    else:
+        frames = [frame]
+    packets = [packet for piece in frames for packet in context.encode(piece)]
+    return sum(packet.size for packet in [*packets, *context.encode(None)])
+
+
+# name, what it writes, whether the main job needs it, how to try it
+_ENCODERS: Final[tuple[tuple[str, str, bool, Callable[[Any, str], int]], ...]] = (
+    ("libx264", "pictures of .mp4", True, _encode_picture),
+    ("aac", "sound of .mp4", True, _encode_sound),
+    ("libvpx-vp9", "pictures of .webm", False, _encode_picture),
+    ("libopus", "sound of .webm", False, _encode_sound),
+)
+
+
+@contextlib.contextmanager
+def _quiet(av: Any) -> Iterator[None]:
+    """Keep the codecs' own remarks off the terminal."""
+    level = av.logging.get_level()
+    av.logging.set_level(av.logging.PANIC)
+    try:
+        yield
+    finally:
+        av.logging.set_level(level)
+
+
+def examine_encoders() -> tuple[EncoderStatus, ...]:
+    """Encode one frame with every encoder that lp-edge writes with."""
+    remedy = "pip install --force-reinstall --no-cache-dir av (its wheels bring the encoder along)"
+    try:
+        import av
+        import av.logging
+    except Exception as error:  # noqa: BLE001 - a broken native library raises anything
+        return tuple(
+            EncoderStatus(name, False, needed, use, f"PyAV cannot be imported ({error})", "pip install av")
+            for name, use, needed, _ in _ENCODERS
+        )
+    statuses = []
+    with _quiet(av):
+        for name, use, needed, encode in _ENCODERS:
+            try:
+                size = encode(av, name)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the encoder does not work
+                statuses.append(EncoderStatus(name, False, needed, use, f"it fails ({error})", remedy))
+                continue
+            if size > 0:
+                statuses.append(
+                    EncoderStatus(name, True, needed, use, f"encoded a frame into {size} bytes", "")
+                )
+            else:
+                statuses.append(EncoderStatus(name, False, needed, use, "it gives no data", remedy))
+    return tuple(statuses)
+
+
+# -- bundle -----------------------------------------------------------------------------------------
+
+
+def examine_bundle(path: Path | None = None) -> BundleStatus:
+    """Verify a bundle (None = the built-in one) and open each of its networks on the CPU."""
+    place = "built-in" if path is None else str(path)
+    try:
+        bundle = open_bundle(path)
+        for name in bundle.manifest.networks:
+            bundle.runner(name, BackendConfig("cpu", threads=1)).close()
+    except LpEdgeError as error:
+        detail = f"{error.got}; {error.expected}" if error.expected else error.got
+        return BundleStatus(place, False, detail, error.remedy or _REINSTALL)
+    size = sum(entry.size for _, entry in bundle.manifest.contents())
+    networks = ", ".join(bundle.manifest.networks)
+    detail = f"{bundle.manifest.family} ({bundle.manifest.variant}), {size / 2**20:.1f} MiB: {networks}"
+    return BundleStatus(str(bundle.directory), True, detail, "")
+
+
+def examine(bundle: Path | None = None) -> Report:
+    """Examine everything; takes about a second, longer where a GPU backend starts.
+
+    Args:
+        bundle: folder of the bundle to verify; None = the built-in one.
+    """
+    return Report(
+        components=examine_components(),
+        machine=examine_machine(),
+        backends=tuple(available_backends()),
+        encoders=examine_encoders(),
+        bundle=examine_bundle(bundle),
+    )
