@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lp_edge.engines import names
-from lp_edge.engines.backends import BackendConfig
+from lp_edge.engines.backends import BackendConfig, resolve_backend
 from lp_edge.engines.bundle import Bundle, open_bundle
 from lp_edge.errors import ConfigError, MediaError, NoFaceError
 from lp_edge.runtime.face_motion import Canonical
@@ -186,7 +186,7 @@ class Animator:
                 f"this version animates the family {MeshFamily.name!r}",
                 "use the built-in bundle, or export one with lp-export --family mesh",
             )
-        config = backend or BackendConfig()
+        config = resolve_backend(backend or BackendConfig())
         if config.threads == 0:
             # Tracking and rendering run side by side; each network on all cores would make them wait for each other.
             config = replace(config, threads=max(1, (os.cpu_count() or 1) // 2))

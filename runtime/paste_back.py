@@ -47,9 +47,19 @@ def paste_back(frame: U8, crop: U8, rect: tuple[int, int, int, int], *, out: U8 
     if crop.shape[:2] == target.shape[:2]:
         target[:] = crop
         return result
-    large = cv2.resize(crop, (x1 - x0, y1 - y0), interpolation=cv2.INTER_CUBIC)
-    mask = np.repeat(soft_mask(y1 - y0, x1 - x0), 3, axis=2)
-    inverse = 255 - mask
-    blended = cv2.add(cv2.multiply(large, mask, scale=1 / 255), cv2.multiply(target, inverse, scale=1 / 255))
-    target[:] = blended
+    height, width = target.shape[:2]
+    large = np.asarray(cv2.resize(crop, (width, height), interpolation=cv2.INTER_CUBIC), np.uint8)
+    mask = soft_mask(height, width)
+    # Only the border is blended; inside, where the mask is full, the pixels are copied.
+    top, left = (int(np.argmax(line == 255)) for line in (mask[:, width // 2, 0], mask[height // 2, :, 0]))
+    inside = np.s_[top : height - top, left : width - left]
+    for band in (
+        np.s_[:top],
+        np.s_[height - top :],
+        np.s_[top : height - top, :left],
+        np.s_[top : height - top, width - left :],
+    ):
+        weight = mask[band].astype(np.uint16)
+        target[band] = (large[band] * weight + target[band] * (255 - weight) + 127) // 255
+    target[inside] = large[inside]
     return result
