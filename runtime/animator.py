@@ -16,6 +16,7 @@ import itertools
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -47,11 +48,14 @@ __all__ = ["AnimatedFrame", "Animation", "Animator", "DriverFrame", "Stopwatch"]
 U8 = npt.NDArray[np.uint8]
 
 _QUEUE = 4
+_SAMPLES = 1 << 16
 _PICTURE_FPS = Fraction(25)
 
 
 class Stopwatch:
     """Collects how long each stage took, per frame; safe to use from several threads.
+
+    Only the newest 65 536 samples of a stage are kept, so that memory does not grow with a stream.
 
     Example:
         >>> watch = Stopwatch()
@@ -63,7 +67,7 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self.seconds: dict[str, list[float]] = {}
+        self.seconds: dict[str, deque[float]] = {}
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -77,7 +81,7 @@ class Stopwatch:
     def add(self, stage: str, seconds: float) -> None:
         """Add one sample."""
         with self._lock:
-            self.seconds.setdefault(stage, []).append(seconds)
+            self.seconds.setdefault(stage, deque(maxlen=_SAMPLES)).append(seconds)
 
 
 @dataclass(frozen=True)
@@ -201,7 +205,7 @@ class Animator:
         self.family = MeshFamily(warp, self.canonical)
         self.backend = warp.backend
 
-    def __enter__(self) -> Animator:
+    def __enter__(self) -> Animator:  # noqa: PYI034 - Self needs Python 3.11
         return self
 
     def __exit__(
