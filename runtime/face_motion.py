@@ -7,6 +7,8 @@ expression is what that leaves over, in canonical units, so it holds the shape o
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,9 +92,10 @@ def load_canonical(path: Path | None = None) -> Canonical:
     """
     path = path or Path(__file__).resolve().parent.parent / "engines" / "data" / "mesh" / "canonical.npz"
     try:
-        with np.load(path, allow_pickle=False) as table:
+        # np.load would leave a file that it opened itself open when it is no zip file
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as table:
             return Canonical.from_table({name: table[name] for name in table.files})
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise BundleError(f"cannot read {path}: {error}", "a canonical face", "reinstall lp-edge") from error
 
 

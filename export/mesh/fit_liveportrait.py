@@ -4,9 +4,10 @@ Clips that exist together with the template LivePortrait's own networks made of 
 
 * pose: one constant rotation, one unit and one pivot relate both canonical faces (least squares over all frames; the templates
   were made of whole frames, so both place the face in the same picture);
-* expression: ridge regression from the change of 21 x 3 offsets to the coefficients of the expression basis;
+* expression: ridge regression from the change of 21 x 3 offsets to the coefficients of the expression basis, separately
+  for the upper and the lower part of the face;
 * eye and lip openings: ridge regression from the offsets of LivePortrait's eye and lip regions to the ratios of 203
-  landmarks that these templates hold (newer ones hold none), and a line from those to the ratios of the mesh.
+  landmarks that these templates hold (newer ones hold none), and a factor from those to the ratios of the mesh.
 
 Mirrored copies of all samples are added, so that the map has no preferred side; every clip weighs alike; every ridge is the one
 that predicts left-out clips best.
@@ -44,7 +45,9 @@ F64 = npt.NDArray[np.float64]
 # LivePortrait's keypoints that trade places in a mirrored face, found as mutual best partners by the correlation of
 # their mirrored offsets over all sample templates; the others lie in the mid-plane or do not move.
 MIRRORED_KEYPOINTS = ((0, 5), (1, 2), (3, 4), (7, 14), (11, 15), (13, 16))
-RIDGES = tuple(float(10.0**e) for e in np.arange(-6.0, 0.01, 0.5))
+RIDGES = tuple(float(10.0**e) for e in np.arange(-5.0, 1.51, 0.5))
+# Where the upper part of the canonical face ends, between eyes and nose tip, and how softly; inter-ocular distances.
+_BORDER, _BLEND = 0.45, 0.08
 _FLIP = np.array([-1.0, 1.0, 1.0])
 
 
@@ -88,19 +91,40 @@ def _mirrored(change: F64, order: npt.NDArray[np.intp]) -> F64:
     return np.asarray(change[:, order] * _FLIP)
 
 
-def _samples(pair: Pair, canonical: Canonical) -> tuple[F64, F64, F64]:
-    """Of a clip and its mirror image, relative to frame 0: offsets ``[2T, 63]``, coefficients ``[2T, K]``, ratios of
-    the template ``[2T, 3]``."""
+@dataclass(frozen=True)
+class _Samples:
+    """A clip and its mirror image, against the clip's mean.
+
+    Attributes:
+        offsets: ``[2T, 63]``.
+        upper, lower: ``[2T, K]``, basis coefficients of the upper and of the lower part of the face.
+        ratios: ``[2T, 3]``, the template's own.
+    """
+
+    offsets: F64
+    upper: F64
+    lower: F64
+    ratios: F64
+
+
+def _samples(pair: Pair, canonical: Canonical) -> _Samples:
     order = np.arange(21)
     for a, b in MIRRORED_KEYPOINTS:
         order[[a, b]] = b, a
     basis = canonical.basis.reshape(len(canonical.basis), -1).astype(np.float64)
-    x = pair.template.expression.astype(np.float64) - pair.template.expression[0]
-    y = pair.mesh.expression.astype(np.float64) - pair.mesh.expression[0]
-    ratios = _ratios(pair.template) - _ratios(pair.template)[0]
-    features = np.concatenate([x, _mirrored(x, order)]).reshape(-1, 63)
-    offsets = np.concatenate([y, _mirrored(y, mirror_permutation())]).reshape(len(features), -1)
-    return features, offsets @ basis.T, np.concatenate([ratios, ratios[:, [1, 0, 2]]])
+    x = pair.template.expression.astype(np.float64)
+    y = pair.mesh.expression.astype(np.float64)
+    ratios = _ratios(pair.template)
+    x, y, ratios = x - x.mean(0), y - y.mean(0), ratios - ratios.mean(0)
+    y = np.concatenate([y, _mirrored(y, mirror_permutation())])
+    upper = 1.0 / (1.0 + np.exp((canonical.points[:, 1:2].astype(np.float64) - _BORDER) / _BLEND))
+    frames = len(y)
+    return _Samples(
+        np.concatenate([x, _mirrored(x, order)]).reshape(frames, 63),
+        (y * upper).reshape(frames, -1) @ basis.T,
+        (y * (1.0 - upper)).reshape(frames, -1) @ basis.T,
+        np.concatenate([ratios, ratios[:, [1, 0, 2]]]),
+    )
 
 
 def _ratios(motion: Motion) -> F64:
@@ -114,42 +138,50 @@ class _Head:
 
     name: str
     keypoints: tuple[int, ...]
-    target: Callable[[tuple[F64, F64, F64]], F64]
+    target: Callable[[_Samples], F64]
 
-    def fit(self, samples: Sequence[tuple[F64, F64, F64]], ridge: float) -> F64:
+    def fit(self, samples: Sequence[_Samples], ridge: float) -> F64:
         """Weights ``[63, targets]``, zero for other keypoints; every clip weighs alike."""
         seen = np.concatenate([np.arange(3 * k, 3 * k + 3) for k in self.keypoints])
-        gram = np.mean([s[0][:, seen].T @ s[0][:, seen] / len(s[0]) for s in samples], axis=0)
-        cross = np.mean([s[0][:, seen].T @ self.target(s) / len(s[0]) for s in samples], axis=0)
+        gram = np.mean([s.offsets[:, seen].T @ s.offsets[:, seen] / len(s.offsets) for s in samples], axis=0)
+        cross = np.mean([s.offsets[:, seen].T @ self.target(s) / len(s.offsets) for s in samples], axis=0)
         # relative to the mean variance of a feature, so that the unit of the offsets does not matter
         loaded = gram + ridge * np.trace(gram) / len(seen) * np.eye(len(seen))
         out = np.zeros((63, cross.shape[1]))
         out[seen] = np.linalg.solve(loaded, cross)
         return out
 
-    def left_out(self, samples: Sequence[tuple[F64, F64, F64]], ridge: float) -> tuple[float, list[F64]]:
+    def left_out(self, samples: Sequence[_Samples], ridge: float) -> tuple[float, list[F64]]:
         """R² over all clips when each is predicted from the others, and the weights that did so."""
         weights, error, total = [], 0.0, 0.0
         for i, sample in enumerate(samples):
             w = self.fit([*samples[:i], *samples[i + 1 :]], ridge)
             true = self.target(sample)
-            error += float(((true - sample[0] @ w) ** 2).mean())
+            error += float(((true - sample.offsets @ w) ** 2).mean())
             total += float((true**2).mean())
             weights.append(w)
         return 1.0 - error / total, weights
 
-    def best(self, samples: Sequence[tuple[F64, F64, F64]]) -> tuple[float, F64, list[F64]]:
+    def best(self, samples: Sequence[_Samples]) -> tuple[float, F64, list[F64]]:
         """The ridge that predicts left-out clips best, the weights from all clips and those without each."""
         ridge = max(RIDGES, key=lambda r: self.left_out(samples, r)[0])
         return ridge, self.fit(samples, ridge), self.left_out(samples, ridge)[1]
 
 
-# LivePortrait's eye and lip regions; 7 is the mirror partner of 14.
+# LivePortrait's eye and lip regions; 7 is the mirror partner of 14, 1 and 2 move with the brows. Lids and brows are
+# read from the keypoints beside them alone, so that a mouth that opens does not shut the eyes.
 _HEADS = (
-    _Head("expression", tuple(range(21)), lambda s: s[1]),
-    _Head("eyes", (11, 13, 15, 16, 18), lambda s: s[2][:, :2]),
-    _Head("lips", (6, 7, 12, 14, 17, 19, 20), lambda s: s[2][:, 2:]),
+    _Head("upper", (1, 2, 11, 13, 15, 16, 18), lambda s: s.upper),
+    _Head("lower", tuple(k for k in range(21) if k not in (11, 13, 15, 16, 18)), lambda s: s.lower),
+    _Head("eyes", (11, 13, 15, 16, 18), lambda s: s.ratios[:, :2]),
+    _Head("lips", (6, 7, 12, 14, 17, 19, 20), lambda s: s.ratios[:, 2:]),
 )
+
+
+def _joined(parts: Sequence[F64]) -> F64:
+    """Weights of the heads → one matrix ``[63, K + 3]``: both parts of the face add up."""
+    upper, lower, eyes, lips = parts
+    return np.concatenate([upper + lower, eyes, lips], axis=1)
 
 
 def _r2(true: F64, guess: F64) -> float:
@@ -238,21 +270,33 @@ def _fit_pose(pairs: Sequence[Pair]) -> tuple[dict[str, npt.NDArray[np.generic]]
     return arrays, figures
 
 
-def _fit_own_ratios(pairs: Sequence[Pair]) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
-    """Slopes and intercepts from the templates' own ratios to ours, and their correlations."""
-    lines, figures = [], {}
+def _fit_own_ratios(
+    pairs: Sequence[Pair], canonical: Canonical
+) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
+    """Factors ``[2]`` from the templates' own ratios to ours: eyes, lips.
+
+    Both measure a gap over a width, so shut is 0 in either. Eyes: an open eye of the pairs is one of the canonical face
+    (mesh networks read shut eyes as slightly open, which a regression would hand on). Lips: least squares.
+    """
+    factors, figures = [], {}
     for name, field in (("eyes", "eye_ratio"), ("lip", "lip_ratio")):
         theirs = [np.asarray(getattr(p.template, field), np.float64).reshape(-1) for p in pairs]
         ours = [np.asarray(getattr(p.mesh, field), np.float64).reshape(-1) for p in pairs]
         weight = np.concatenate([np.full(len(a), 1.0 / np.sqrt(len(a))) for a in theirs])
-        slope, intercept = np.polyfit(np.concatenate(theirs), np.concatenate(ours), 1, w=weight)
-        lines.append((slope, intercept))
+        x, y = np.concatenate(theirs), np.concatenate(ours)
+        slope, intercept = np.polyfit(x, y, 1, w=weight)
+        if name == "eyes":
+            usual = np.mean([np.median(a[a > 0.5 * a.max()]) for a in theirs])
+            factor = float(np.mean(topology.eye_ratio(canonical.points)) / usual)
+        else:
+            factor = float((weight**2 * x * y).sum() / (weight**2 * x * x).sum())
+        factors.append(factor)
         figures[name] = {
-            "slope": float(slope),
-            "intercept": float(intercept),
+            "factor": factor,
+            "regression": [float(slope), float(intercept)],
             "correlation": {p.name: _correlation(a, b) for p, a, b in zip(pairs, theirs, ours, strict=True)},
         }
-    return np.asarray(lines, np.float32), figures
+    return np.asarray(factors, np.float32), figures
 
 
 def fit(
@@ -276,17 +320,16 @@ def fit(
             )
     samples = [_samples(pair, canonical) for pair in pairs]
     ridges: dict[str, float] = {}
-    columns: list[F64] = []
+    parts: list[F64] = []
     without: list[list[F64]] = [[] for _ in pairs]
     for head in _HEADS:
         ridges[head.name], weight, others = head.best(samples)
-        columns.append(weight)
+        parts.append(weight)
         for held, other in zip(without, others, strict=True):
             held.append(other)
-    weights = np.concatenate(columns, axis=1)
-    held_out = [np.concatenate(held, axis=1) for held in without]
+    weights, held_out = _joined(parts), [_joined(held) for held in without]
     pose, pose_figures = _fit_pose(pairs)
-    ratios, ratio_figures = _fit_own_ratios(pairs)
+    ratios, ratio_figures = _fit_own_ratios(pairs, canonical)
     figures = {
         "frames": {pair.name: len(pair.mesh) for pair in pairs},
         "ridge": ridges,
