@@ -283,7 +283,8 @@ class MeshWarp(nn.Module):
         u, v = self._to_frame(frame, kp[:, rows.flatten()])
         u = 0.5 * (u[:, :count] + u[:, count : 2 * count])
         step = (u[:, 1:] - u[:, :-1]).clamp_min(0.02)
-        u = torch.cat((torch.zeros_like(u[:, :1]), torch.cumsum(step, 1)), 1)
+        # a cumulative sum as a product, since not every target knows CumSum
+        u = torch.cat((torch.zeros_like(u[:, :1]), step @ torch.ones(count - 1, count - 1).triu()), 1)
         return u / u[:, -1:], v.reshape(-1, rows.shape[0], count)
 
     @staticmethod
@@ -405,7 +406,7 @@ class MeshWarp(nn.Module):
         )
         lip_colour = lip_colour.mean((2, 3))[..., None, None]
         dark = 0.30 * lip_colour
-        tooth = ((0.79 * lip_colour.mean(1, keepdim=True) + 0.26 * lip_colour).clamp(0, 235) - dark) * 0.75
+        tooth = ((0.5 * lip_colour.mean(1, keepdim=True) + 0.58 * lip_colour).clamp(0, 235) - dark) * 0.75
 
         # Compose motion and mouth on one grid, so that the full resolution sees as few operations as possible.
         mx, my = (

@@ -6,14 +6,14 @@ import pytest
 torch = pytest.importorskip("torch", reason="the export extra (torch) is not installed")
 pytest.importorskip("onnx", reason="the export extra (onnx) is not installed")
 
-from lp_edge.engines import names  # noqa: E402
-from lp_edge.engines.backends import BackendConfig, open_runner  # noqa: E402
-from lp_edge.errors import ExportError  # noqa: E402
-from lp_edge.export.mesh import build  # noqa: E402
-from lp_edge.export.mesh.warp import MeshWarp  # noqa: E402
-from lp_edge.runtime import topology  # noqa: E402
-from lp_edge.runtime.face_motion import load_canonical  # noqa: E402
-from lp_edge.runtime.geometry import rotation_from_euler  # noqa: E402
+from lp_edge.engines import names
+from lp_edge.engines.backends import BackendConfig, open_runner
+from lp_edge.errors import ExportError
+from lp_edge.export.mesh import build
+from lp_edge.export.mesh.warp import MeshWarp
+from lp_edge.runtime import topology
+from lp_edge.runtime.face_motion import load_canonical
+from lp_edge.runtime.geometry import rotation_from_euler
 
 FACE = load_canonical().points.astype(np.float64)
 FACE = (FACE - FACE.mean(0)) / np.ptp(FACE[:, :2], axis=0).max()

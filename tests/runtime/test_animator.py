@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from lp_edge.engines.backends import BackendConfig
 from lp_edge.errors import ConfigError, MediaError, NoFaceError
 from lp_edge.runtime.animator import Animator

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lp_edge.runtime import topology
 from lp_edge.runtime.compose import Limits, compose, soft_limit
 from lp_edge.runtime.face_motion import load_canonical, motion_from_points, points_from_motion

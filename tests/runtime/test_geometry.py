@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lp_edge.runtime.geometry import euler_from_rotation, orthonormal, rotation_from_euler, similarity_fit
 
 angle = st.floats(-85, 85)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from lp_edge.runtime.paste_back import paste_back, soft_mask
 
 RNG = np.random.default_rng(0)
