@@ -1,0 +1,119 @@
+"""lp-edge: portrait animation for edge devices, without PyTorch at run time.
+
+>>> import lp_edge
+>>> with lp_edge.Animator() as animator:                                     # doctest: +SKIP
+...     for frame in animator.animate("portrait.jpg", "driver.mp4"):
+...         show(frame.rgb)
+
+or, straight into a file::
+
+    lp_edge.animate("portrait.jpg", "driver.mp4", "result.mp4")
+
+Importing this module is cheap: what it exports is loaded on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lp_edge.errors import (
+    BackendUnavailable,
+    BundleError,
+    ConfigError,
+    EngineError,
+    ExportError,
+    Interrupted,
+    LpEdgeError,
+    MediaError,
+    NoFaceError,
+    OutputError,
+    TensorError,
+)
+
+if TYPE_CHECKING:
+    from lp_edge.engines.backends import BackendConfig, available_backends
+    from lp_edge.engines.bundle import Bundle, open_bundle
+    from lp_edge.runtime.animator import AnimatedFrame, Animation, Animator, DriverFrame, Stopwatch
+    from lp_edge.runtime.faces import Face
+    from lp_edge.runtime.gestures import builtin_template
+    from lp_edge.runtime.job import Progress, RunConfig, RunResult, animate, run_job
+    from lp_edge.runtime.mesh_family import Portrait
+    from lp_edge.runtime.motion import Motion
+    from lp_edge.runtime.options import AnimateOptions
+    from lp_edge.runtime.templates import MotionTemplate, load_template, save_template
+
+    __version__: str
+
+__all__ = [
+    "AnimateOptions",
+    "AnimatedFrame",
+    "Animation",
+    "Animator",
+    "BackendConfig",
+    "BackendUnavailable",
+    "Bundle",
+    "BundleError",
+    "ConfigError",
+    "DriverFrame",
+    "EngineError",
+    "ExportError",
+    "Face",
+    "Interrupted",
+    "LpEdgeError",
+    "MediaError",
+    "Motion",
+    "MotionTemplate",
+    "NoFaceError",
+    "OutputError",
+    "Portrait",
+    "Progress",
+    "RunConfig",
+    "RunResult",
+    "Stopwatch",
+    "TensorError",
+    "__version__",
+    "animate",
+    "available_backends",
+    "builtin_template",
+    "load_template",
+    "open_bundle",
+    "run_job",
+    "save_template",
+]
+
+_HOMES = {
+    "lp_edge.engines.backends": ("BackendConfig", "available_backends"),
+    "lp_edge.engines.bundle": ("Bundle", "open_bundle"),
+    "lp_edge.runtime.animator": ("AnimatedFrame", "Animation", "Animator", "DriverFrame", "Stopwatch"),
+    "lp_edge.runtime.faces": ("Face",),
+    "lp_edge.runtime.gestures": ("builtin_template",),
+    "lp_edge.runtime.job": ("Progress", "RunConfig", "RunResult", "animate", "run_job"),
+    "lp_edge.runtime.mesh_family": ("Portrait",),
+    "lp_edge.runtime.motion": ("Motion",),
+    "lp_edge.runtime.options": ("AnimateOptions",),
+    "lp_edge.runtime.templates": ("MotionTemplate", "load_template", "save_template"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Load an exported name on first use (PEP 562)."""
+    if name == "__version__":
+        from importlib import metadata
+
+        try:
+            value: Any = metadata.version("lp-edge")
+        except metadata.PackageNotFoundError:
+            value = "0+unknown"  # a source tree on the path that was never installed
+    elif name in _HOME_OF:
+        from importlib import import_module
+
+        value = getattr(import_module(_HOME_OF[name]), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

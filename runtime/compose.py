@@ -2,7 +2,7 @@
 
 Relative composition (the default) adds the driver's change against its neutral frame to the source's own
 pose and shape, as LivePortrait's relative mode does (arXiv:2407.03168, sec. 3.4): ``R = R_d · R_0ᵀ · R_s``,
-``δ = δ_s + (δ_d − δ_0)``. Lids and lips are then put where the *ratios* say, because the same displacement closes a
+``δ = δ_s + (δ_d - δ_0)``. Lids and lips are then put where the *ratios* say, because the same displacement closes a
 narrow eye and leaves a wide one open.
 """
 
