@@ -33,7 +33,8 @@ class Limits:
     """How far a warp can be trusted: linear up to the first figure, never beyond the second.
 
     Angles are degrees away from the source's own pose; ``translation`` counts inter-ocular distances,
-    ``scale`` is the natural logarithm of the ratio; ``eye_open`` bounds how much wider than in the
+    ``scale`` is the natural logarithm of the ratio; ``gain`` (pitch, yaw, roll) makes up for what a flat picture that is
+    bent shows too little of a rotation, as read back by ``benchmarks/follow.py``; ``eye_open`` bounds how much wider than in the
     source an eye may open; ``eye_closed`` is the lid gap / eye width at which an eye counts as shut.
     """
 
@@ -42,6 +43,7 @@ class Limits:
     roll: tuple[float, float] = (30.0, 50.0)
     translation: tuple[float, float] = (0.4, 1.0)
     scale: tuple[float, float] = (0.15, 0.3)
+    gain: tuple[float, float, float] = (1.35, 1.1, 1.1)
     eye_open: float = 1.5
     eye_closed: float = 0.05
 
@@ -71,10 +73,16 @@ def _region_mask(region: str) -> F64:
 
 
 def _gap_ratio(source: F64, driving: F64, neutral: F64, limits: Limits, multiplier: float) -> F64:
-    """How far open each eye shall be, in units of the source's own opening; ``[2]``, 0 = shut."""
-    open_0 = np.maximum(neutral - limits.eye_closed, 0.04)
-    ratio = np.maximum(driving - limits.eye_closed, 0.0) / open_0
-    return np.clip(1.0 + multiplier * (ratio - 1.0), 0.0, limits.eye_open)
+    """How far open each eye shall be, in units of the source's own opening; ``[2]``, 0 = shut.
+
+    A closing eye closes in proportion, so that shut is shut; a widening one gains what the driver gains, since a narrow
+    driver's proportion would tear a wide eye open.
+    """
+    own, rest = (np.maximum(x - limits.eye_closed, 0.04) for x in (source, neutral))
+    change = np.maximum(driving - limits.eye_closed, 0.0) - rest
+    return np.clip(
+        1.0 + multiplier * np.where(change < 0.0, change / rest, change / own), 0.0, limits.eye_open
+    )
 
 
 def _set_gaps(points: F64, pairs: npt.NDArray[np.intp], gaps: F64, upper_share: float) -> None:
@@ -170,10 +178,11 @@ def _compose_pose(
     target = r_d @ r_0.T @ r_s if relative else r_d
     # The limit is on the way from the source's own view, since that is what the warp has to bridge.
     delta = [
-        float(soft_limit(m * ((a - b + 180.0) % 360.0 - 180.0), *bound))
-        for a, b, bound in zip(
+        float(soft_limit(m * gain * ((a - b + 180.0) % 360.0 - 180.0), *bound))
+        for a, b, gain, bound in zip(
             euler_from_rotation(target),
             euler_from_rotation(r_s),
+            limits.gain,
             (limits.pitch, limits.yaw, limits.roll),
             strict=True,
         )

@@ -44,9 +44,10 @@ class WarpConfig:
     head_sigma: tuple[float, float, float] = (0.52, 0.62, 0.42)
     background: float = 0.02
     border: float = 0.10
-    min_jacobian: float = 0.06
+    min_jacobian: float = 0.02
 
 
+_MOUTH_CORNERS = (topology.INNER_LIP_UPPER[0], topology.INNER_LIP_UPPER[-1])
 _EYE_CORNERS = (topology.LEFT_EYE_CORNERS, topology.RIGHT_EYE_CORNERS)
 _IRIS_CENTRES = (topology.LEFT_IRIS[0], topology.RIGHT_IRIS[0])
 # Per eye, from image left to image right: upper rim, lower rim, skin below the brow, crease below.
@@ -300,6 +301,42 @@ class MeshWarp(nn.Module):
         value = (bend @ ramps.flatten(2)).reshape(-1, v_nodes.shape[1], side, side)
         return (value + v_nodes[:, :, :1, None]).unbind(1)
 
+    def _mouth_curves(self, kp_s: Tensor, kp_d: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        """The inner lips in the mouth's frame, at positions ``x [1, 1, G]``, ``y [1, G, 1]``.
+
+        Returns:
+            v of the position, u of the position, upper and lower lip in the driving mesh, the same in the source
+            mesh, and the source's u; each ``[N, G, G]``. Crossed lips (noise) count as closed.
+        """
+        frame, frame_s = self._frame(kp_d, _MOUTH_CORNERS), self._frame(kp_s, _MOUTH_CORNERS)
+        u_nodes, v_nodes = self._nodes(frame, kp_d, self.lip_rows)
+        u_nodes_s, v_nodes_s = self._nodes(frame_s, kp_s, self.lip_rows)
+        u, v = self._pixels_to_frame(frame, x, y)
+        top, low, top_s, low_s, u_s = self._curves(
+            u_nodes, torch.cat((v_nodes, v_nodes_s, u_nodes_s[:, None]), 1), u
+        )
+        return v, u, top, torch.maximum(top, low), top_s, torch.maximum(top_s, low_s), u_s
+
+    def _open_mouth(self, field: Tensor, kp_s: Tensor, kp_d: Tensor, height: Tensor, width: Tensor) -> Tensor:
+        """Stretch the field evenly between open lips.
+
+        There it has no keypoints and would come close to a fold; mending that by smoothing would drag the lips along.
+        """
+        x, y = (
+            self._axis(self.config.grid, width)[None, None],
+            self._axis(self.config.grid, height)[None, :, None],
+        )
+        s, d = kp_s[..., :2], kp_d[..., :2]
+        v, u, top, low, top_s, low_s, u_s = self._mouth_curves(s, d, x, y)
+        gap = (low - top).clamp_min(1e-3)
+        part = ((v - top) / gap).clamp(0.0, 1.0)
+        inside = torch.minimum(torch.minimum(v - top, low - v), torch.minimum(u, 1 - u))
+        mask = (inside > 0).to(field.dtype) * _soft_step((gap - 0.02) / 0.06)
+        gap_s = torch.maximum(low_s - top_s, 2.5 * self.config.min_jacobian * gap)
+        middle = 0.5 * (top_s + low_s)
+        x_s, y_s = self._from_frame(self._frame(s, _MOUTH_CORNERS), u_s, middle + (part - 0.5) * gap_s)
+        return field + mask[:, None] * (torch.stack((x_s - x, y_s - y), 1) - field)
+
     def _mouth(self, kp_s: Tensor, kp_d: Tensor, x: Tensor, y: Tensor, cell: Tensor) -> tuple[Tensor, ...]:
         """What is inside the lips, at positions ``x [1, 1, G]``, ``y [1, G, 1]``.
 
@@ -310,25 +347,16 @@ class MeshWarp(nn.Module):
             mask, sampling position x and y in the source crop, share of synthetic interior, share of teeth in
             it; each ``[N, G, G]``.
         """
-        corners = (topology.INNER_LIP_UPPER[0], topology.INNER_LIP_UPPER[-1])
-        frame, frame_s = self._frame(kp_d, corners), self._frame(kp_s, corners)
-        u_nodes, v_nodes = self._nodes(frame, kp_d, self.lip_rows)
-        u_nodes_s, v_nodes_s = self._nodes(frame_s, kp_s, self.lip_rows)
-        u, v = self._pixels_to_frame(frame, x, y)
-        # crossed lips (noise) count as closed
-        v_nodes = torch.stack((v_nodes[:, 0], torch.maximum(v_nodes[:, 0], v_nodes[:, 1])), 1)
-        v_nodes_s = torch.stack((v_nodes_s[:, 0], torch.maximum(v_nodes_s[:, 0], v_nodes_s[:, 1])), 1)
-        top, low, top_s, low_s, u_s = self._curves(
-            u_nodes, torch.cat((v_nodes, v_nodes_s, u_nodes_s[:, None]), 1), u
-        )
+        frame, frame_s = self._frame(kp_d, _MOUTH_CORNERS), self._frame(kp_s, _MOUTH_CORNERS)
+        v, u, top, low, top_s, low_s, u_s = self._mouth_curves(kp_s, kp_d, x, y)
         from_top, from_low = v - top, low - v
         inside = torch.minimum(torch.minimum(from_top, from_low), torch.minimum(u, 1 - u))
-        mask = _soft_step(inside * (frame[2][:, :, None] / (1.5 * cell)))
+        mask = _soft_step(inside * (frame[2][:, :, None] / (0.7 * cell)))
         seen = low_s - top_s
         depth = torch.maximum(torch.minimum(from_top, 0.65 * seen), torch.minimum(from_top, seen - from_low))
         x_s, y_s = self._from_frame(frame_s, u_s, top_s + depth)
 
-        unseen = _soft_step((from_top - 0.65 * seen) / 0.03) * _soft_step((from_low - 0.35 * seen) / 0.03)
+        unseen = _soft_step((from_top - 0.65 * seen) / 0.02) * _soft_step((from_low - 0.35 * seen) / 0.02)
         centre = (1 - (2 * u - 1) ** 2).clamp(0.0, 1.0)
         teeth = _soft_step((0.17 * centre - from_top) / 0.05) * _soft_step((low - top - 0.08) / 0.12)
         teeth = teeth * _soft_step(from_top / 0.06 + 0.25) * _soft_step((0.08 - seen) / 0.06) * centre
@@ -356,9 +384,7 @@ class MeshWarp(nn.Module):
         low, low_s = torch.maximum(low, top), torch.maximum(low_s, top_s)
         # A rim is drawn a little inside the lid; a closing lid must not drag lashes and white along.
         shut = 1 - ((low - top) / (low_s - top_s).clamp_min(0.02)).clamp(0.0, 1.0)
-        top_s = top_s - shut * torch.minimum(
-            0.17 * torch.ones_like(top_s), 0.6 * (top_s - crease_s).clamp_min(0.0)
-        )
+        top_s = top_s - 0.62 * shut * (top_s - crease_s).clamp_min(0.0)
         low_s = low_s + 0.05 * shut
         upper_skin, lower_skin = (top - crease).clamp_min(0.02), (below - low).clamp_min(0.02)
         upper = crease_s + (v - crease) / upper_skin * (top_s - crease_s)
@@ -378,14 +404,15 @@ class MeshWarp(nn.Module):
         rim = torch.minimum((v - crease) / upper_skin, (below - v) / lower_skin)
         mask = _soft_step(rim / 0.35) * _soft_step(torch.minimum(u, 1 - u) / 0.12)
         # Where the lids meet the mapping jumps across the eyeball; the line of the lashes covers the jump.
-        lashes = 0.8 * _soft_step((shut - 0.55) / 0.35) * _soft_step(1.8 - (v - top).abs() * scale) * mask
+        lashes = 0.65 * _soft_step((shut - 0.55) / 0.35) * _soft_step(1.8 - (v - top).abs() * scale) * mask
         return mask, x_s, y_s, lashes
 
     # -- the whole ----------------------------------------------------------------------------------
 
     def deformation(self, kp_source: Tensor, kp_driving: Tensor, height: Tensor, width: Tensor) -> Tensor:
         """Displacement ``[N, 2, grid, grid]`` in pixels after the fold guard."""
-        return self._unfold(self._displacement(kp_source, kp_driving, height, width), height, width)
+        field = self._displacement(kp_source, kp_driving, height, width)
+        return self._unfold(self._open_mouth(field, kp_source, kp_driving, height, width), height, width)
 
     def forward(self, image: Tensor, kp_source: Tensor, kp_driving: Tensor) -> tuple[Tensor, Tensor]:
         """See the class."""

@@ -44,10 +44,14 @@ def with_gap(pairs: tuple[tuple[int, int], ...], factor: float) -> np.ndarray:
     return shape
 
 
-def run(source: Motion, driving: Motion, neutral: Motion, **options: object) -> Motion:
-    return compose(
-        source, driving, neutral, POINTS, AnimateOptions(**options), basis=FACE.basis.astype(np.float64)
-    )
+PLAIN = Limits(gain=(1.0, 1.0, 1.0))
+
+
+def run(
+    source: Motion, driving: Motion, neutral: Motion, limits: Limits = PLAIN, **options: object
+) -> Motion:
+    basis = FACE.basis.astype(np.float64)
+    return compose(source, driving, neutral, POINTS, AnimateOptions(**options), basis=basis, limits=limits)
 
 
 @given(st.floats(-200, 200), st.floats(0, 50), st.floats(1, 50))
@@ -74,6 +78,11 @@ def test_no_change_of_the_driver_leaves_the_source_as_it_is(region: str) -> None
 def test_relative_pose_is_the_change_of_the_driver() -> None:
     out = run(head(0, 5, 0), head(0, 20, 0), head(0, 8, 0))
     assert out.angles[1] == pytest.approx(17, abs=0.1)
+
+
+def test_the_gain_makes_up_for_what_a_warp_shows_too_little_of() -> None:
+    pitch, yaw, roll = run(head(), head(4, 10, 5), head(), Limits(gain=(1.5, 1.2, 1.0))).angles
+    assert (float(pitch), float(yaw), float(roll)) == pytest.approx((6, 12, 5), abs=0.2)
 
 
 def test_absolute_pose_is_that_of_the_driver() -> None:
@@ -107,6 +116,14 @@ def test_a_closing_driver_closes_eyes_of_any_width(openness: float) -> None:
     half = points_from_motion(run(source, head(shape=with_gap(lids, 0.6)), head()), FACE)
     assert (topology.eye_ratio(half) > 0.3 * source.eye_ratio).all()
     assert (topology.eye_ratio(half) < 0.8 * source.eye_ratio).all()
+
+
+def test_a_widening_eye_gains_what_the_drivers_gains() -> None:
+    lids = topology.LID_PAIRS_IMAGE_LEFT + topology.LID_PAIRS_IMAGE_RIGHT
+    narrow, wider = head(shape=with_gap(lids, 0.5)), head(shape=with_gap(lids, 0.7))
+    out = points_from_motion(run(head(), wider, narrow), FACE)
+    gained = topology.eye_ratio(out) - head().eye_ratio
+    np.testing.assert_allclose(gained, wider.eye_ratio - narrow.eye_ratio, rtol=0.25)
 
 
 def test_one_eye_closes_alone() -> None:
