@@ -1,0 +1,373 @@
+"""Threads between the stages of a stream: bounded, ordered, and gone when the work is.
+
+Decoding, motion, rendering and encoding spend their time in native code that releases the interpreter
+lock, so threads overlap them. Everything here is built from one piece, :func:`prefetch`, which runs an
+iterable in a thread of its own and hands its items over through a queue of fixed length::
+
+    source ──queue──> stage ──queue──> stage ──queue──> sink (the caller's thread)
+
+What is promised:
+
+* memory: at most ``size`` finished items wait between two stages, plus one in every thread;
+* order: items leave in the order in which they came, also from a stage with several threads;
+* errors: an exception of any thread is raised in the caller, the same object with its own traceback, after
+  the items that were finished before it; everything upstream is told to stop at once;
+* ends: when the consumer stops early (``close``, an exception, Ctrl-C), every thread ends after the item
+  it is working on, generators are closed in the thread that ran them, and no thread is left behind.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+from lp_edge.errors import ConfigError
+
+__all__ = ["Pipeline", "Prefetch", "Stage", "StageStats", "prefetch", "run_pipeline"]
+
+T = TypeVar("T")
+
+DEFAULT_QUEUE_SIZE = 4
+
+
+class _Channel(Generic[T]):
+    """A bounded queue with one producer and one consumer that either side may close.
+
+    ``queue.Queue`` cannot wake a producer that waits for room when the consumer leaves; this can, so that
+    nothing here ever polls.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._items: deque[T] = deque()
+        self._changed = threading.Condition()
+        self._finished = False
+        self._error: BaseException | None = None
+        self._closed = False
+
+    def put(self, item: T) -> bool:
+        """Wait for room and append; False when the consumer has left."""
+        with self._changed:
+            while len(self._items) >= self._size and not self._closed:
+                self._changed.wait()
+            if self._closed:
+                return False
+            self._items.append(item)
+            self._changed.notify_all()
+            return True
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """The producer is done, or failed with ``error``."""
+        with self._changed:
+            self._finished, self._error = True, error
+            self._changed.notify_all()
+
+    def get(self) -> T:
+        """Next item; raises the producer's error once the items before it are used up, or StopIteration."""
+        with self._changed:
+            while not self._items and not self._finished and not self._closed:
+                self._changed.wait()
+            if self._closed:
+                raise StopIteration
+            if self._items:
+                item = self._items.popleft()
+                self._changed.notify_all()
+                return item
+            error, self._error = self._error, None  # raised once; afterwards the iterator is simply over
+            if error is not None:
+                raise error
+            raise StopIteration
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def close(self) -> None:
+        """The consumer leaves: waiting items are dropped and the producer is woken."""
+        with self._changed:
+            self._closed = True
+            self._items.clear()
+            self._changed.notify_all()
+
+
+def _produce(iterable: Iterable[T], channel: _Channel[T]) -> None:
+    """Body of the thread: never refers to the Prefetch, so that a forgotten one can be collected."""
+    error: BaseException | None = None
+    iterator: Iterator[T] | None = None
+    try:
+        iterator = iter(iterable)
+        for item in iterator:
+            if not channel.put(item):
+                break
+    except BaseException as caught:  # noqa: BLE001 - carried to the consumer
+        error = caught
+    try:
+        _close(iterator if iterator is not None else iterable)
+    except BaseException as caught:  # noqa: BLE001 - carried to the consumer
+        error = error or caught
+    finally:
+        channel.finish(error)
+
+
+def _close(iterable: object) -> None:
+    """Close a generator or anything else with a ``close``, unless it is a container the caller owns."""
+    close = getattr(iterable, "close", None)
+    if close is not None and isinstance(iterable, Iterator):
+        close()
+
+
+class Prefetch(Iterator[T]):
+    """Iterator over an iterable that runs in a thread of its own; see :func:`prefetch`.
+
+    The thread starts with the first ``next``, so an unused one costs nothing.
+    """
+
+    def __init__(self, iterable: Iterable[T], size: int = DEFAULT_QUEUE_SIZE, name: str = "prefetch") -> None:
+        if size < 1:
+            raise ConfigError(f"queue size {size}", "expected 1 or more", "choose a larger queue")
+        self._channel: _Channel[T] = _Channel(size)
+        self._iterable: Iterable[T] | None = iterable
+        self._name = name
+        self._thread: threading.Thread | None = None
+
+    def __iter__(self) -> Prefetch[T]:
+        return self
+
+    def __next__(self) -> T:
+        if self._thread is None:
+            if self._iterable is None:
+                raise StopIteration
+            self._thread = threading.Thread(
+                target=_produce,
+                args=(self._iterable, self._channel),
+                name=f"lp-edge {self._name}",
+                daemon=True,
+            )
+            self._iterable = None
+            self._thread.start()
+        try:
+            return self._channel.get()
+        except BaseException:
+            # End, error or Ctrl-C: nothing more is wanted from the thread.
+            self._channel.close()
+            raise
+
+    def stop(self) -> None:
+        """Ask the thread to end after the item it is working on; does not wait."""
+        self._channel.close()
+
+    def close(self) -> None:
+        """Stop the thread, wait for its end and close what it iterated. May be called more than once."""
+        self.stop()
+        if self._thread is not None:
+            if self._thread is not threading.current_thread():
+                self._thread.join()
+        elif self._iterable is not None:
+            iterable, self._iterable = self._iterable, None
+            _close(iterable)
+
+    def __enter__(self) -> Prefetch[T]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        channel = getattr(self, "_channel", None)
+        if channel is not None:
+            channel.close()
+
+
+def prefetch(iterable: Iterable[T], size: int = DEFAULT_QUEUE_SIZE, name: str = "prefetch") -> Prefetch[T]:
+    """Run ``iterable`` in its own thread, at most ``size`` finished items ahead of the consumer.
+
+    Args:
+        iterable: what to iterate; a generator is closed in the thread that ran it.
+        size: items that may wait, 1 or more.
+        name: name of the thread, for debuggers and logs.
+
+    Returns:
+        An iterator and context manager with ``close()``. An exception of the iterable is raised by ``next``
+        with its original traceback, after the items before it.
+
+    Raises:
+        ConfigError: ``size`` is below 1.
+
+    Example:
+        >>> with prefetch(range(3)) as numbers:
+        ...     list(numbers)
+        [0, 1, 2]
+    """
+    return Prefetch(iterable, size, name)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a pipeline.
+
+    Attributes:
+        fn: called with each item, returns what goes on to the next stage.
+        name: for threads, logs and statistics.
+        threads: how many calls of ``fn`` may run at once (1 or more); results keep their order. With more
+            than one, ``fn`` must not depend on the order of the calls.
+    """
+
+    fn: Callable[[Any], Any]
+    name: str
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise ConfigError(f"stage {self.name} with {self.threads} threads", "expected 1 or more")
+
+
+@dataclass
+class StageStats:
+    """What a stage did so far. ``busy`` sums the seconds inside the stage's own function (all its threads);
+    ``seconds`` keeps the duration of each of the last :attr:`KEEP` calls, for percentiles."""
+
+    name: str
+    count: int = 0
+    busy: float = 0.0
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=10_000))
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def add(self, seconds: float) -> None:
+        """Count one call that took ``seconds``; safe from several threads."""
+        with self._lock:
+            self.count += 1
+            self.busy += seconds
+            self.seconds.append(seconds)
+
+
+def _timed_source(source: Iterable[Any], stats: StageStats) -> Iterator[Any]:
+    iterator = iter(source)
+    try:
+        while True:
+            start = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            stats.add(time.perf_counter() - start)
+            yield item
+    finally:
+        _close(iterator)
+
+
+def _timed_call(fn: Callable[[Any], Any], item: Any, stats: StageStats) -> Any:
+    start = time.perf_counter()
+    result = fn(item)
+    stats.add(time.perf_counter() - start)
+    return result
+
+
+def _run_stage(upstream: Prefetch[Any], stage: Stage, stats: StageStats) -> Iterator[Any]:
+    if stage.threads == 1:
+        try:
+            for item in upstream:
+                yield _timed_call(stage.fn, item, stats)
+        finally:
+            upstream.close()
+        return
+    pool = ThreadPoolExecutor(stage.threads, thread_name_prefix=f"lp-edge {stage.name}")
+    waiting: deque[Future[Any]] = deque()
+    try:
+        error: Exception | None = None
+        more = True
+        while more:
+            try:
+                waiting.append(pool.submit(_timed_call, stage.fn, next(upstream), stats))
+            except StopIteration:
+                more = False
+            except Exception as caught:  # noqa: BLE001 - raised below, behind the items before it
+                error, more = caught, False
+            while waiting and (not more or len(waiting) > stage.threads):
+                yield waiting.popleft().result()
+        if error is not None:
+            raise error
+    finally:
+        upstream.stop()
+        pool.shutdown(wait=True, cancel_futures=True)
+        upstream.close()
+
+
+class Pipeline(Iterator[Any]):
+    """``source`` and ``stages``, each in its own thread(s), as one iterator of results.
+
+    Args:
+        source: the items.
+        stages: run one after the other on every item.
+        queue_size: items that may wait between two stages.
+
+    Attributes:
+        stats: one :class:`StageStats` for the source (named ``source``) and one per stage, in order.
+
+    Use it as a context manager, or call :meth:`close` when stopping early.
+    """
+
+    def __init__(
+        self, source: Iterable[Any], stages: Sequence[Stage], queue_size: int = DEFAULT_QUEUE_SIZE
+    ) -> None:
+        self.stats: list[StageStats] = [StageStats("source")]
+        self._links: list[Prefetch[Any]] = [
+            prefetch(_timed_source(source, self.stats[0]), queue_size, "source")
+        ]
+        for stage in stages:
+            stats = StageStats(stage.name)
+            self.stats.append(stats)
+            self._links.append(prefetch(_run_stage(self._links[-1], stage, stats), queue_size, stage.name))
+
+    def __iter__(self) -> Pipeline:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return next(self._links[-1])
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End all threads and wait for them. May be called more than once."""
+        for link in self._links:  # wake everybody first: a stage may be waiting for one further up
+            link.stop()
+        for link in reversed(self._links):
+            link.close()
+
+    def __enter__(self) -> Pipeline:  # noqa: PYI034 - Self needs Python 3.11
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def run_pipeline(
+    source: Iterable[Any],
+    stages: Sequence[Stage],
+    sink: Callable[[Any], object],
+    queue_size: int = DEFAULT_QUEUE_SIZE,
+) -> list[StageStats]:
+    """Run a whole pipeline; ``sink`` is called in the caller's thread with every result, in order.
+
+    Returns:
+        Statistics of the source, every stage, and the sink (named ``sink``).
+
+    Raises:
+        whatever the source, a stage or the sink raises, with its own traceback; all threads have ended by then.
+    """
+    stats = StageStats("sink")
+    with Pipeline(source, stages, queue_size) as pipeline:
+        for item in pipeline:
+            _timed_call(sink, item, stats)
+    return [*pipeline.stats, stats]
