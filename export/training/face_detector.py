@@ -88,7 +88,7 @@ class TrainConfig:
     workers: int = 1
 
 
-class ConvNorm(nn.Module):  # type: ignore[misc]
+class ConvNorm(nn.Module):
     """Convolution (no bias), batch normalisation and, if `relu`, a ReLU."""
 
     def __init__(
@@ -112,7 +112,7 @@ class ConvNorm(nn.Module):  # type: ignore[misc]
         return weight.detach().float().numpy(), bias.detach().float().numpy()
 
 
-class Block(nn.Module):  # type: ignore[misc]
+class Block(nn.Module):
     """Two 3x3 convolutions around which the input is added."""
 
     def __init__(self, channels: int) -> None:
@@ -126,7 +126,7 @@ class Block(nn.Module):  # type: ignore[misc]
         return functional.relu(x + self.two(self.one(x)))
 
 
-class DetectorNet(nn.Module):  # type: ignore[misc]
+class DetectorNet(nn.Module):
     """The network without decoding: float [N,3,H,W] in 0…255 to float [N,M,15] (score logit, box 4, points 10)."""
 
     def __init__(self, config: NetConfig | None = None) -> None:
@@ -243,7 +243,7 @@ def make_batch(painter: Painter, config: TrainConfig, step: int) -> dict[str, An
     return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()}
 
 
-class _Batches(torch.utils.data.IterableDataset):  # type: ignore[misc]
+class _Batches(torch.utils.data.IterableDataset):
     def __init__(self, corpus: Corpus, config: TrainConfig, first: int) -> None:
         self.corpus, self.config, self.first = corpus, config, first
 
