@@ -1,0 +1,499 @@
+"""A whole run: source and driver in, a finished file out. What ``lp-run`` and :func:`lp_edge.animate` call.
+
+::
+
+    check output ─ open bundle ─ Animator.animate ─ (side by side) ─ FrameWriter ─ rename
+                                        └─ motion ─ template (--save-motion)
+
+Frames are written as they are made, under a temporary name; whatever ends a run early (an error, Ctrl-C) removes it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from lp_edge.engines.backends import BackendConfig
+from lp_edge.errors import ConfigError, Interrupted, MediaError, NoFaceError
+from lp_edge.runtime.animator import AnimatedFrame, Animation, Animator
+from lp_edge.runtime.image import MAX_SIDE, create_beside
+from lp_edge.runtime.media_read import probe, sniff_kind
+from lp_edge.runtime.media_write import FrameWriter, OutputKind, check_output, open_writer
+from lp_edge.runtime.motion import Motion
+from lp_edge.runtime.options import AnimateOptions
+from lp_edge.runtime.templates import MAX_FRAMES, MotionTemplate, load_template, save_template
+
+__all__ = [
+    "AUDIO_SOURCES",
+    "Progress",
+    "RunConfig",
+    "RunResult",
+    "StageTime",
+    "animate",
+    "default_output",
+    "demo_picture",
+    "percentiles",
+    "run_job",
+]
+
+U8 = npt.NDArray[np.uint8]
+log = logging.getLogger("lp_edge")
+
+AUDIO_SOURCES = ("driving", "source", "none")
+"""Where the sound of the result may come from."""
+
+_SOUND_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm")
+# Longest side of a side-by-side frame; what is larger is scaled down as a whole.
+_WIDEST = MAX_SIDE // 2
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run.
+
+    Attributes:
+        source: picture or clip to animate.
+        driving: clip, picture, template (``.npz``, ``.pkl``), name of a built-in template, or a template.
+        output: file or folder to write, its suffix chooses the format; None takes :func:`default_output`.
+        options: how the motion is applied.
+        bundle: folder of a bundle; None = the built-in one.
+        backend: where the networks run.
+        audio: whose sound the result carries: ``driving``, ``source`` or ``none``. A template or picture has none.
+        side_by_side: put driver, source and result beside each other instead of the result alone.
+        save_motion: also write the driver's motion, an ``.npz`` that can be a driver later.
+        crf: quality of H.264 and VP9, 0 (best) to 51; None = 18 and 30.
+        overwrite: replace what is at ``output`` (and ``save_motion``).
+
+    Raises:
+        ConfigError: ``audio`` or ``crf`` is out of range.
+    """
+
+    source: str | Path
+    driving: str | Path | MotionTemplate
+    output: str | Path | None = None
+    options: AnimateOptions = field(default_factory=AnimateOptions)
+    bundle: str | Path | None = None
+    backend: BackendConfig = field(default_factory=BackendConfig)
+    audio: Literal["driving", "source", "none"] = "driving"
+    side_by_side: bool = False
+    save_motion: str | Path | None = None
+    crf: int | None = None
+    overwrite: bool = True
+
+    def __post_init__(self) -> None:
+        if self.audio not in AUDIO_SOURCES:
+            raise ConfigError(
+                f"audio is {self.audio!r}",
+                f"expected one of {', '.join(AUDIO_SOURCES)}",
+                "choose one of these",
+            )
+        if self.crf is not None and not 0 <= self.crf <= 51:
+            raise ConfigError(f"crf is {self.crf}", "expected 0 (best) to 51", "use the default")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        frames: frames written so far.
+        expected: estimated number of frames, None when unknown.
+        seconds: time since the first frame was asked for.
+    """
+
+    frames: int
+    expected: int | None
+    seconds: float
+
+    @property
+    def fps(self) -> float:
+        """Frames a second so far."""
+        return self.frames / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def left(self) -> float | None:
+        """Seconds that are left at this speed; None when that cannot be told."""
+        if self.expected is None or self.frames == 0 or self.fps == 0:
+            return None
+        return max(self.expected - self.frames, 0) / self.fps
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """Time of one stage per call, in milliseconds (p = percentile)."""
+
+    count: int
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run made.
+
+    Attributes:
+        output: the file or folder written.
+        motion: the motion template written, or None.
+        frames: frames written.
+        size: width, height in pixels.
+        frame_rate: frames a second of the result, exact.
+        seconds: wall time of the whole run, networks' loading included.
+        fps: frames a second from the first frame asked for to the finished file.
+        faces: frames by the state of the driver's face: ``tracked``, ``reacquired``, ``lost``, ``none``, ``template``.
+        stages: time per stage; stages run at the same time, so they do not add up to ``seconds``.
+        backend: backend that ran the networks.
+        warnings: what the user should know.
+    """
+
+    output: Path
+    motion: Path | None
+    frames: int
+    size: tuple[int, int]
+    frame_rate: Fraction
+    seconds: float
+    fps: float
+    faces: Mapping[str, int]
+    stages: Mapping[str, StageTime]
+    backend: str
+    warnings: tuple[str, ...]
+
+
+def percentiles(seconds: list[float]) -> StageTime:
+    """Mean and percentiles of durations.
+
+    Raises:
+        ValueError: there are none.
+
+    Example:
+        >>> percentiles([0.001, 0.003]).p50
+        2.0
+    """
+    if not seconds:
+        raise ValueError("no durations")
+    ms = np.asarray(seconds, np.float64) * 1000.0
+    p50, p90, p99 = (round(float(p), 3) for p in np.percentile(ms, [50, 90, 99]))
+    return StageTime(len(ms), round(float(ms.mean()), 3), p50, p90, p99)
+
+
+def demo_picture() -> Path:
+    """The picture of ``lp-run --demo``, which ships with the package (its licence is beside it)."""
+    return Path(__file__).resolve().parent / "data" / "demo.jpg"
+
+
+def default_output(source: str | Path, driving: str | Path | MotionTemplate) -> Path:
+    """``<source>--<driving>.mp4`` in the current folder; ``.png`` for a picture that a picture drives.
+
+    Raises:
+        MediaError: an input does not exist or is neither picture, clip nor template.
+    """
+    still = sniff_kind(source) == "image" and _kind(driving) == "image"
+    name = "template" if isinstance(driving, MotionTemplate) else Path(driving).stem
+    return Path(f"{Path(source).stem}--{name}{'.png' if still else '.mp4'}")
+
+
+def run_job(config: RunConfig, progress: Callable[[Progress], None] | None = None) -> RunResult:
+    """Animate and write the result.
+
+    Args:
+        config: the run.
+        progress: called after every frame, in this thread.
+
+    Raises:
+        LpEdgeError: of the kind that fits; nothing is left behind.
+        Interrupted: Ctrl-C; nothing is left behind.
+    """
+    started = time.perf_counter()
+    output = (
+        Path(config.output) if config.output is not None else default_output(config.source, config.driving)
+    )
+    try:
+        # Everything that can be told from the command alone is told before a network is loaded.
+        kind = check_output(
+            config.output if config.output is not None else output, overwrite=config.overwrite
+        )
+        motion_path = _check_motion_path(config)
+        _keep_inputs(config, output, motion_path)
+        with Animator(config.bundle, backend=config.backend) as animator:
+            driving = config.driving
+            if not isinstance(driving, MotionTemplate) and _kind(driving) == "template":
+                driving = load_template(driving, animator.canonical)
+            animation = animator.animate(config.source, driving, config.options)
+            with closing(animation):
+                _check_kind(kind, animation, output)
+                recorder = None
+                if motion_path is not None:
+                    recorder = _Recorder(config, animator, driving, animation, motion_path)
+                first = time.perf_counter()
+                written = _write(config, output, animation, recorder, progress, first)
+                ended = time.perf_counter()
+            backend = animator.backend
+    except KeyboardInterrupt as stop:
+        raise Interrupted("the run was stopped", "nothing was written", "") from stop
+    frames, size, warnings = written
+    counts = dict(animation.counts)
+    return RunResult(
+        output=output,
+        motion=motion_path,
+        frames=frames,
+        size=size,
+        frame_rate=animation.fps,
+        seconds=round(ended - started, 3),
+        fps=round(frames / max(ended - first, 1e-9), 2),
+        faces=counts,
+        stages={name: percentiles(list(times)) for name, times in animation.watch.seconds.items() if times},
+        backend=backend,
+        warnings=(*warnings, *_face_warnings(counts)),
+    )
+
+
+def animate(
+    source: str | Path,
+    driving: str | Path | MotionTemplate,
+    output: str | Path | None = None,
+    *,
+    options: AnimateOptions | None = None,
+    bundle: str | Path | None = None,
+    backend: BackendConfig | None = None,
+    audio: Literal["driving", "source", "none"] = "driving",
+    side_by_side: bool = False,
+    save_motion: str | Path | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> RunResult:
+    """Animate ``source`` with ``driving`` and write the result: :func:`run_job` in one call.
+
+    Args, Raises: see :class:`RunConfig` and :func:`run_job`.
+
+    Example:
+        >>> import lp_edge
+        >>> lp_edge.animate("portrait.jpg", "driver.mp4", "result.mp4")  # doctest: +SKIP
+    """
+    config = RunConfig(
+        source,
+        driving,
+        output,
+        options or AnimateOptions(),
+        bundle,
+        backend or BackendConfig(),
+        audio,
+        side_by_side,
+        save_motion,
+    )
+    return run_job(config, progress)
+
+
+# -- checks before any work ---------------------------------------------------------------------------
+
+
+def _kind(driving: str | Path | MotionTemplate) -> Literal["image", "video", "template"]:
+    if isinstance(driving, MotionTemplate) or not Path(driving).exists():
+        return "template"  # the name of a built-in one, or load_template says what is wrong
+    return sniff_kind(driving)
+
+
+def _check_motion_path(config: RunConfig) -> Path | None:
+    if config.save_motion is None:
+        return None
+    path = Path(config.save_motion)
+    if path.suffix.lower() != ".npz":
+        raise ConfigError(
+            f"motion would be saved as {path.name}", "expected a name that ends in .npz", "rename it"
+        )
+    create_beside(path).unlink()  # proves that the folder is there and takes new files
+    if path.exists() and (path.is_dir() or not config.overwrite):
+        raise ConfigError(
+            f"{path} exists", "expected a new name for the motion", "choose another --save-motion"
+        )
+    return path
+
+
+def _keep_inputs(config: RunConfig, output: Path, motion: Path | None) -> None:
+    """Refuse to write over an input."""
+    for what in (config.source, config.driving):
+        if isinstance(what, MotionTemplate):
+            continue
+        for target in (output, motion):
+            if target is not None and Path(what).exists() and target.exists() and target.samefile(what):
+                raise ConfigError(
+                    f"{target} is both input and output",
+                    "expected two different files",
+                    "choose another output",
+                )
+
+
+def _check_kind(kind: OutputKind, animation: Animation, output: Path) -> None:
+    if kind == "picture" and not animation.still:
+        raise ConfigError(
+            f"{output.name} can hold one picture, the result is a clip",
+            "expected .mp4, .webm, .gif or a folder of frames",
+            "choose another output, or drive a picture with a picture",
+        )
+
+
+# -- frames ----------------------------------------------------------------------------------------------
+
+
+def _write(
+    config: RunConfig,
+    output: Path,
+    animation: Animation,
+    recorder: _Recorder | None,
+    progress: Callable[[Progress], None] | None,
+    started: float,
+) -> tuple[int, tuple[int, int], list[str]]:
+    """Write all frames; returns their number, their size and warnings."""
+    sound, warnings = _sound(config, output)
+    target = config.output if config.output is not None else output  # a trailing slash means something
+    writer: FrameWriter | None = None
+    try:
+        for frame in animation:
+            rgb = _beside(frame) if config.side_by_side else frame.rgb
+            if writer is None:
+                size = (rgb.shape[1], rgb.shape[0])
+                writer = open_writer(
+                    target, size, animation.fps, audio_from=sound, crf=config.crf, overwrite=config.overwrite
+                )
+            with animation.watch("encode"):
+                writer.write(rgb)
+            if recorder is not None:
+                recorder.add(frame.driver.motion)
+            if progress is not None:
+                progress(Progress(writer.frames, animation.expected, time.perf_counter() - started))
+        if writer is None:
+            raise MediaError(
+                "there is no frame to write",
+                "expected a driver with at least one frame",
+                "use another driver",
+            )
+        if not any(state != "none" for state in animation.counts):
+            raise NoFaceError(
+                "no face was found in the driver",
+                "expected a face of 40 pixels or more",
+                "use another driver",
+            )
+        if recorder is not None:
+            recorder.save()
+        writer.close()
+    except BaseException:
+        if writer is not None:
+            writer.abort()
+        if recorder is not None:
+            recorder.discard()
+        raise
+    return writer.frames, writer.size, warnings
+
+
+def _sound(config: RunConfig, output: Path) -> tuple[Path | None, list[str]]:
+    """The clip whose sound goes into the result, and what to say when there is none although it was asked for."""
+    if config.audio == "none" or output.suffix.lower() not in _SOUND_SUFFIXES:
+        return None, []
+    what = config.source if config.audio == "source" else config.driving
+    if isinstance(what, MotionTemplate) or _kind(what) != "video" or not probe(what).has_audio:
+        if config.audio == "source":
+            return None, ["the source has no sound; the result is silent"]
+        return None, []
+    return Path(what), []
+
+
+def _beside(frame: AnimatedFrame) -> U8:
+    """Driver (where it has pixels), source and result, left to right, at the result's height."""
+    panels = [frame.source, frame.rgb]
+    if frame.driver.rgb is not None:
+        panels.insert(0, frame.driver.rgb)
+    height = frame.rgb.shape[0]
+    width = sum(round(p.shape[1] * height / p.shape[0]) for p in panels)
+    if width > _WIDEST:
+        height = max(2, height * _WIDEST // width)
+    return np.concatenate([_to_height(panel, height) for panel in panels], axis=1)
+
+
+def _to_height(rgb: U8, height: int) -> U8:
+    if rgb.shape[0] == height:
+        return rgb
+    width = max(1, round(rgb.shape[1] * height / rgb.shape[0]))
+    way = cv2.INTER_AREA if height < rgb.shape[0] else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(rgb, (width, height), interpolation=way), np.uint8)
+
+
+class _Recorder:
+    """Collects the driver's motion of every frame written and makes a template of it.
+
+    Frames before the first face get the first motion known. A picture driver becomes two frames: its neutral face, and itself.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        animator: Animator,
+        driving: str | Path | MotionTemplate,
+        animation: Animation,
+        path: Path,
+    ) -> None:
+        self._path, self._saved = path, False
+        self._family = animator.family
+        self._fps = animation.fps
+        self._still = not isinstance(driving, MotionTemplate) and _kind(driving) == "image"
+        index, rate = config.options.neutral, animation.fps
+        if isinstance(driving, MotionTemplate):
+            index, rate = index or driving.neutral, driving.fps
+        elif index and not self._still:
+            rate = probe(driving).fps or animation.fps
+        self._neutral = round(index * animation.fps / rate)
+        self._source = "template" if isinstance(driving, MotionTemplate) else Path(driving).name
+        self._motions: list[Motion] = []
+        self._waiting = 0
+
+    def add(self, motion: Motion | None) -> None:
+        """Take one frame's motion; None before the first face."""
+        if motion is None:
+            self._waiting += 1
+            return
+        if len(self._motions) + self._waiting >= MAX_FRAMES:
+            raise MediaError(
+                f"the driver has more than {MAX_FRAMES} frames",
+                f"a template holds {MAX_FRAMES} at most",
+                "cut the driver into parts, or leave out --save-motion",
+            )
+        if self._waiting:
+            self._motions += [motion] * self._waiting
+            self._waiting = 0
+        self._motions.append(motion)
+
+    def save(self) -> None:
+        """Write all motion so far."""
+        motions, neutral = self._motions, self._neutral
+        if self._still:
+            motions, neutral = [self._family.picture_neutral(motions[0]), motions[0]], 0
+        template = MotionTemplate(
+            fps=self._fps,
+            family=self._family.name,
+            motion=Motion.stack(motions),
+            neutral=min(neutral, len(motions) - 1),
+            source=self._source,
+        )
+        save_template(template, self._path)
+        self._saved = True
+
+    def discard(self) -> None:
+        """Remove what was saved, because the run failed after it."""
+        if self._saved:
+            self._path.unlink(missing_ok=True)
+
+
+def _face_warnings(counts: Mapping[str, int]) -> Iterator[str]:
+    total = sum(counts.values())
+    if missing := counts.get("none", 0):
+        yield f"the driver shows no face in its first {missing} of {total} frames; the source stays still there"
+    if lost := counts.get("lost", 0):
+        yield f"the driver's face was lost in {lost} of {total} frames; the last motion is held there"
