@@ -390,7 +390,7 @@ def _talk(t: F64, duration: float, seed: int) -> Controls:
             syllable += rng.uniform(0.18, 0.32)
             continue
         length = rng.uniform(0.27, 0.37)
-        jaw = jaw + rng.uniform(0.50, 0.90) * _bump(t, syllable, length)
+        jaw = jaw + rng.uniform(0.35, 0.65) * _bump(t, syllable, length)
         shape = rng.uniform(0.25, 0.6) if wide else -rng.uniform(0.35, 0.8)
         rounding = rounding - shape * _bump(t, syllable - 0.04, length + 0.10)
         wide = not wide if rng.random() < 0.75 else wide

@@ -35,8 +35,8 @@ class WarpConfig:
         min_jacobian: smallest determinant of the warp's Jacobian that is let through.
     """
 
-    grid: int = 160
-    detail_grid: int = 256
+    grid: int = 128
+    detail_grid: int = 192
     sigma_min: float = 0.016
     sigma_max: float = 0.055
     corrections: int = 6
@@ -265,7 +265,7 @@ class MeshWarp(nn.Module):
         """Coordinates u, v ``[N, G, G]`` of the positions ``x [1, 1, G]``, ``y [1, G, 1]``."""
         start, axis, width = (t[..., None, None] for t in frame)
         ax, ay = axis[:, 0] / width[:, 0], axis[:, 1] / width[:, 0]
-        px, py = x - start[:, 0], y - start[:, 1]
+        px, py = x - start[:, 0], y - start[:, 1]  # a row and a column: only the last sum is [N, G, G]
         return px * ax + py * ay, py * ax - px * ay
 
     @staticmethod
@@ -344,23 +344,25 @@ class MeshWarp(nn.Module):
         third hangs from the lower lip; what lies between was never seen and is synthesised.
 
         Returns:
-            mask, sampling position x and y in the source crop, share of synthetic interior, share of teeth in
-            it; each ``[N, G, G]``.
+            mask, sampling position x and y in the source crop, share of synthetic interior, share of teeth
+            (positive) or tongue (negative) in it; each ``[N, G, G]``.
         """
         frame, frame_s = self._frame(kp_d, _MOUTH_CORNERS), self._frame(kp_s, _MOUTH_CORNERS)
         v, u, top, low, top_s, low_s, u_s = self._mouth_curves(kp_s, kp_d, x, y)
         from_top, from_low = v - top, low - v
         inside = torch.minimum(torch.minimum(from_top, from_low), torch.minimum(u, 1 - u))
-        mask = _soft_step(inside * (frame[2][:, :, None] / (0.7 * cell)))
+        mask = _soft_step(inside * (frame[2][:, :, None] / (1.2 * cell)))
         seen = low_s - top_s
         depth = torch.maximum(torch.minimum(from_top, 0.65 * seen), torch.minimum(from_top, seen - from_low))
         x_s, y_s = self._from_frame(frame_s, u_s, top_s + depth)
 
-        unseen = _soft_step((from_top - 0.65 * seen) / 0.02) * _soft_step((from_low - 0.35 * seen) / 0.02)
+        unseen = _soft_step((from_top - 0.65 * seen) / 0.035) * _soft_step((from_low - 0.35 * seen) / 0.035)
         centre = (1 - (2 * u - 1) ** 2).clamp(0.0, 1.0)
-        teeth = _soft_step((0.17 * centre - from_top) / 0.05) * _soft_step((low - top - 0.08) / 0.12)
+        teeth = _soft_step((0.14 * centre - from_top) / 0.05) * _soft_step((low - top - 0.12) / 0.2)
         teeth = teeth * _soft_step(from_top / 0.06 + 0.25) * _soft_step((0.08 - seen) / 0.06) * centre
-        return mask, x_s, y_s, unseen, teeth
+        opening = (low - top).clamp_min(0.05)
+        tongue = _soft_step((from_top / opening - 0.35) / 0.6) * _soft_step((opening - 0.06) / 0.15) * centre
+        return mask, x_s, y_s, unseen, teeth - tongue
 
     def _eye(
         self, side: int, kp_s: Tensor, kp_d: Tensor, x: Tensor, y: Tensor, cell: Tensor
@@ -395,8 +397,8 @@ class MeshWarp(nn.Module):
         ball = torch.maximum(torch.minimum((v - iris_v) * widen + iris_v_s, low_s), top_s)
 
         scale = frame[2][:, :, None] / cell
-        in_ball = _soft_step((v - top) * scale)
-        in_lower = _soft_step((v - low) * scale + 1.0)
+        in_ball = ((v - top) * scale).clamp(0.0, 1.0)
+        in_lower = ((v - low) * scale + 1.0).clamp(0.0, 1.0)
         v_s = upper + in_ball * (ball - upper)
         v_s = v_s + in_lower * (lower - v_s)
         gaze = (iris_u_s - iris_u).clamp(-0.25, 0.25) * (1 - (2 * u - 1) ** 2).clamp(0.0, 1.0)
@@ -404,7 +406,9 @@ class MeshWarp(nn.Module):
         rim = torch.minimum((v - crease) / upper_skin, (below - v) / lower_skin)
         mask = _soft_step(rim / 0.35) * _soft_step(torch.minimum(u, 1 - u) / 0.12)
         # Where the lids meet the mapping jumps across the eyeball; the line of the lashes covers the jump.
-        lashes = 0.65 * _soft_step((shut - 0.55) / 0.35) * _soft_step(1.8 - (v - top).abs() * scale) * mask
+        lashes = (
+            0.65 * _soft_step((shut - 0.55) / 0.35) * (1.5 - (v - top).abs() * scale).clamp(0.0, 1.0) * mask
+        )
         return mask, x_s, y_s, lashes
 
     # -- the whole ----------------------------------------------------------------------------------
@@ -432,10 +436,11 @@ class MeshWarp(nn.Module):
             pixels, lip[:, None], mode="bilinear", padding_mode="border", align_corners=False
         )
         lip_colour = lip_colour.mean((2, 3))[..., None, None]
-        dark = 0.30 * lip_colour
-        tooth = ((0.5 * lip_colour.mean(1, keepdim=True) + 0.58 * lip_colour).clamp(0, 235) - dark) * 0.75
+        dark = 0.16 * lip_colour
+        tongue = 0.42 * lip_colour
+        tooth = ((0.5 * lip_colour.mean(1, keepdim=True) + 0.58 * lip_colour).clamp(0, 235) - dark) * 0.8
 
-        # Compose motion and mouth on one grid, so that the full resolution sees as few operations as possible.
+        # Compose motion, eyes and mouth on one grid, so that the full resolution sees as few operations as possible.
         mx, my = (
             self._axis(c.detail_grid, width)[None, None],
             self._axis(c.detail_grid, height)[None, :, None],
@@ -450,10 +455,10 @@ class MeshWarp(nn.Module):
             mask, x_s, y_s, line = self._eye(eye, s, d, mx, my, cell)
             dx, dy = dx + mask * (x_s - mx - dx), dy + mask * (y_s - my - dy)
             lashes = lashes + line
-        mask, x_s, y_s, unseen, teeth = self._mouth(s, d, mx, my, cell)
+        mask, x_s, y_s, unseen, inside = self._mouth(s, d, mx, my, cell)
         dx, dy = dx + mask * (x_s - mx - dx), dy + mask * (y_s - my - dy)
         blend = unseen * mask
-        planes = torch.stack((dx * (2 / width), dy * (2 / height), blend + lashes, blend * teeth), 1)
+        planes = torch.stack((dx * (2 / width), dy * (2 / height), blend + lashes, blend * inside), 1)
         planes = F.interpolate(planes, size=(h, w), mode="bilinear", align_corners=False)
 
         px = (torch.arange(w, dtype=torch.float32) + 0.5) * (2 / width) - 1
@@ -464,6 +469,7 @@ class MeshWarp(nn.Module):
         grid_y = (planes[:, 1] + py[None, :, None]).clamp(py[0], py[-1])
         grid = torch.stack((grid_x, grid_y), -1)
         warped = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-        out = warped + planes[:, 2:3] * (dark - warped) + planes[:, 3:] * tooth
-        out = torch.round(out.clamp(0, 255)).to(torch.uint8)
+        out = warped + planes[:, 2:3] * (dark - warped) + F.relu(planes[:, 3:]) * tooth
+        out = out + F.relu(-planes[:, 3:]) * tongue
+        out = torch.round(out).to(torch.uint8)  # a blend of colours within 0..255 stays there
         return out.permute(0, 2, 3, 1), deformation
