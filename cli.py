@@ -497,25 +497,25 @@ def export(family: str, output: Path | None, as_json: bool, quiet: bool, verbose
         ) from error
 
     folder = builtin_directory() if output is None else output
-    lines: list[str] = []
 
     def report(line: str) -> None:
-        lines.append(line)
         if not quiet and not as_json:
             click.echo(line, err=True)
 
-    started = time.perf_counter()
     with _logging(quiet or as_json, verbose):
-        build(folder, report=report)
-    seconds = round(time.perf_counter() - started, 2)
+        built = build(folder, report=report)
     if as_json:
-        click.echo(
-            json.dumps(
-                {"ok": True, "family": family, "bundle": str(folder), "seconds": seconds, "report": lines}
-            )
-        )
+        click.echo(json.dumps({"ok": True, "family": family, "bundle": str(folder), **built.as_dict()}))
     elif not quiet:
-        click.echo(f"{folder}: bundle of the family {family}, made in {seconds:.1f} s")
+        for row in built.networks:
+            parity = (
+                ", ".join(f"{name} {value:.2g}" for name, value in row.parity.items())
+                or "checked when trained"
+            )
+            click.echo(
+                f"{row.name:15} {row.nodes:5} nodes {row.size / 1e6:6.2f} MB  opset {row.opset}  parity: {parity}"
+            )
+        click.echo(f"{folder}: bundle of the family {family}, made in {built.seconds:.1f} s")
 
 
 # -- lp-doctor ----------------------------------------------------------------------------------------------

@@ -589,6 +589,18 @@ def test_export_without_torch_names_the_extra(
     assert everything(work) == before
 
 
+def test_export_writes_a_bundle_and_reports_its_networks(call: Call, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="the export extra (torch) is not installed")
+    code, out, err = call(cli.export, "--family", "mesh", "--output", str(tmp_path / "b"), "--json")
+    assert (code, err) == (0, "")
+    report = json.loads(out)
+    assert report["ok"] is True
+    assert {row["name"] for row in report["networks"]} == {"face_detector", "face_mesh", "warp_decode"}
+    warp = next(row for row in report["networks"] if row["name"] == "warp_decode")
+    assert warp["parity"]["deformation_max"] < 0.02
+    assert (tmp_path / "b" / "manifest.json").is_file()
+
+
 def test_export_needs_a_known_family(call: Call) -> None:
     code, _, err = call(cli.export, "--family", "marble")
     assert code == 2
