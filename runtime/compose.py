@@ -34,7 +34,8 @@ class Limits:
 
     Angles are degrees away from the source's own pose; ``translation`` counts inter-ocular distances,
     ``scale`` is the natural logarithm of the ratio; ``gain`` (pitch, yaw, roll) makes up for what a flat picture that is
-    bent shows too little of a rotation, as read back by ``benchmarks/follow.py``; ``eye_open`` bounds how much wider than in the
+    bent shows too little of a rotation, as read back by ``benchmarks/follow.py``; ``lip_gain`` and ``eye_gain`` do so for lips
+    and lids; ``eye_open`` bounds how much wider than in the
     source an eye may open; ``eye_closed`` is the lid gap / eye width at which an eye counts as shut.
     """
 
@@ -44,6 +45,8 @@ class Limits:
     translation: tuple[float, float] = (0.4, 1.0)
     scale: tuple[float, float] = (0.15, 0.3)
     gain: tuple[float, float, float] = (1.35, 1.1, 1.1)
+    lip_gain: float = 1.2
+    eye_gain: float = 1.15
     eye_open: float = 1.5
     eye_closed: float = 0.05
 
@@ -79,7 +82,7 @@ def _gap_ratio(source: F64, driving: F64, neutral: F64, limits: Limits, multipli
     driver's proportion would tear a wide eye open.
     """
     own, rest = (np.maximum(x - limits.eye_closed, 0.04) for x in (source, neutral))
-    change = np.maximum(driving - limits.eye_closed, 0.0) - rest
+    change = limits.eye_gain * (np.maximum(driving - limits.eye_closed, 0.0) - rest)
     return np.clip(
         1.0 + multiplier * np.where(change < 0.0, change / rest, change / own), 0.0, limits.eye_open
     )
@@ -149,7 +152,7 @@ def compose(
     lips = list(topology.REGIONS["lip"])
     lip_width = np.linalg.norm(shape_s[61] - shape_s[291]) / np.linalg.norm(shape_0[61] - shape_0[291])
     gain = np.full((topology.NUM_POINTS, 1), m)
-    gain[lips] *= np.clip(lip_width, 0.7, 1.4)
+    gain[lips] *= limits.lip_gain * np.clip(lip_width, 0.7, 1.4)
     shape = shape_s + mask * gain * change
 
     if region in ("all", "exp", "eyes"):

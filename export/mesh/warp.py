@@ -351,12 +351,17 @@ class MeshWarp(nn.Module):
         v, u, top, low, top_s, low_s, u_s = self._mouth_curves(kp_s, kp_d, x, y)
         from_top, from_low = v - top, low - v
         inside = torch.minimum(torch.minimum(from_top, from_low), torch.minimum(u, 1 - u))
-        mask = _soft_step(inside * (frame[2][:, :, None] / (1.2 * cell)))
+        per_cell = frame[2][:, :, None] / cell
+        # An open mouth has the middle of its soft edge on the lip, a closed one has no inside at all.
+        lift = 0.5 * _soft_step((low - top) * per_cell / 2)
+        mask = _soft_step(inside * per_cell / 1.2 + lift)
         seen = low_s - top_s
         depth = torch.maximum(torch.minimum(from_top, 0.65 * seen), torch.minimum(from_top, seen - from_low))
         x_s, y_s = self._from_frame(frame_s, u_s, top_s + depth)
 
-        unseen = _soft_step((from_top - 0.65 * seen) / 0.035) * _soft_step((from_low - 0.35 * seen) / 0.035)
+        unseen = _soft_step((from_top - 0.65 * seen) / 0.03 + lift) * _soft_step(
+            (from_low - 0.35 * seen) / 0.03 + lift
+        )
         centre = (1 - (2 * u - 1) ** 2).clamp(0.0, 1.0)
         teeth = _soft_step((0.14 * centre - from_top) / 0.05) * _soft_step((low - top - 0.12) / 0.2)
         teeth = teeth * _soft_step(from_top / 0.06 + 0.25) * _soft_step((0.08 - seen) / 0.06) * centre

@@ -44,7 +44,7 @@ def with_gap(pairs: tuple[tuple[int, int], ...], factor: float) -> np.ndarray:
     return shape
 
 
-PLAIN = Limits(gain=(1.0, 1.0, 1.0))
+PLAIN = Limits(gain=(1.0, 1.0, 1.0), lip_gain=1.0, eye_gain=1.0)
 
 
 def run(
