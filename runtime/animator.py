@@ -32,7 +32,15 @@ from lp_edge.engines.backends import BackendConfig, resolve_backend
 from lp_edge.engines.bundle import Bundle, open_bundle
 from lp_edge.errors import ConfigError, MediaError, NoFaceError
 from lp_edge.runtime.face_motion import Canonical
-from lp_edge.runtime.faces import Face, FaceDetector, FaceMeshNet, locate_faces, no_face_error, select_faces
+from lp_edge.runtime.faces import (
+    DetectorConfig,
+    Face,
+    FaceDetector,
+    FaceMeshNet,
+    locate_faces,
+    no_face_error,
+    select_faces,
+)
 from lp_edge.runtime.image import read_image
 from lp_edge.runtime.media_read import MediaInfo, VideoReader, probe, resample, sniff_kind
 from lp_edge.runtime.mesh_family import MeshFamily, Portrait
@@ -199,7 +207,8 @@ class Animator:
             mesh = stack.enter_context(self.bundle.runner(names.FACE_MESH, config))
             warp = stack.enter_context(self.bundle.runner(names.WARP_DECODE, config))
             self._runners = stack.pop_all()
-        self.detector = FaceDetector(detector)
+        # The mesh network confirms every face, so the detector may be lenient.
+        self.detector = FaceDetector(detector, DetectorConfig(score=0.4))
         self.mesh = FaceMeshNet(mesh)
         self.canonical = Canonical.from_table(self.bundle.load_table("canonical"))
         self.family = MeshFamily(warp, self.canonical)
