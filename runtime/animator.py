@@ -282,6 +282,22 @@ class Animator:
             )
         return out
 
+    def _frame(
+        self,
+        index: int,
+        rgb: U8,
+        portraits: list[Portrait],
+        step: DriverFrame,
+        neutral: Motion | None,
+        options: AnimateOptions,
+        watch: Stopwatch,
+    ) -> AnimatedFrame:
+        """One frame of an animation; the source stays as it is while either side shows no face."""
+        out = rgb
+        if portraits and step.motion is not None and neutral is not None:
+            out = self.render(portraits, step.motion, neutral, options, watch)
+        return AnimatedFrame(index, out, rgb, step)
+
     # -- drivers ------------------------------------------------------------------------------------
 
     def open_driver(
@@ -418,10 +434,7 @@ class Animator:
             with prefetch(driver.start(), _QUEUE, "motion") as steps:
                 for index, step in enumerate(steps):
                     neutral = step.motion if neutral is None else neutral
-                    out = rgb if step.motion is None or neutral is None else None
-                    if out is None and step.motion is not None and neutral is not None:
-                        out = self.render(portraits, step.motion, neutral, options, watch)
-                    yield AnimatedFrame(index, rgb if out is None else out, rgb, step)
+                    yield self._frame(index, rgb, portraits, step, neutral, options, watch)
 
         size = (rgb.shape[1], rgb.shape[0])
         frames = prefetch(rendered(), _QUEUE, "render")
@@ -457,10 +470,7 @@ class Animator:
                     any_face = any_face or bool(portraits)
                     if not any_face and when > options.face_timeout:
                         raise _no_source_face(path)
-                    out = rgb
-                    if portraits and step.motion is not None and neutral is not None:
-                        out = self.render(portraits, step.motion, neutral, options, watch)
-                    yield AnimatedFrame(index, out, rgb, step)
+                    yield self._frame(index, rgb, portraits, step, neutral, options, watch)
                     index += 1
             if not any_face:
                 raise _no_source_face(path)

@@ -96,6 +96,9 @@ class MeshFamily:
     def __init__(self, warp: Runner, canonical: Canonical) -> None:
         self._warp = warp
         self.canonical = canonical
+        # once, not per frame
+        self._points = np.asarray(canonical.points, np.float64)
+        self._basis = np.asarray(canonical.basis, np.float64)
 
     def prepare(self, frame: U8, points: F32, options: AnimateOptions) -> Portrait:
         """Cut the crop of one face and read its motion.
@@ -121,7 +124,7 @@ class MeshFamily:
 
     def picture_neutral(self, motion: Motion) -> Motion:
         """What "no motion" means for a driver that is a single picture: the same face, frontal and without expression."""
-        basis = np.asarray(self.canonical.basis, np.float64)
+        basis = self._basis
         own = np.asarray(motion.expression, np.float64)
         expression = np.tensordot(np.tensordot(basis, own, axes=([1, 2], [0, 1])), basis, axes=(0, 0))
         rest = self.motion_of(np.asarray(self.canonical.points, np.float32))
@@ -140,9 +143,9 @@ class MeshFamily:
             portrait.motion,
             driving,
             neutral,
-            np.asarray(self.canonical.points, np.float64),
+            self._points,
             options,
-            basis=np.asarray(self.canonical.basis, np.float64),
+            basis=self._basis,
         )
         return _to_crop(points_from_motion(motion, self.canonical), portrait.rect, portrait.image.shape[1:])
 

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from dataclasses import dataclass
 
 from lp_edge.errors import ConfigError
 
-__all__ = ["LENGTHS", "REGIONS", "AnimateOptions", "from_mapping"]
+__all__ = ["LENGTHS", "REGIONS", "AnimateOptions"]
 
 REGIONS = ("all", "exp", "pose", "lip", "eyes")
 LENGTHS = ("shortest", "source", "driving")
-
-T = TypeVar("T")
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -73,14 +69,3 @@ class AnimateOptions:
                 "expected largest, all or an index from left to right",
                 "use --face largest",
             )
-
-
-def from_mapping(cls: type[T], values: Mapping[str, Any]) -> T:
-    """Build a configuration dataclass from a mapping; an unknown key is a ConfigError that lists the known ones."""
-    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-    for key in values:
-        if key not in known:
-            raise ConfigError(
-                f"unknown option {key!r}", f"expected some of {', '.join(known)}", "check the spelling"
-            )
-    return cls(**values)

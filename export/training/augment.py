@@ -116,6 +116,20 @@ def warp_points(xy: F32, field: F32, rounds: int = 8) -> F32:
     return q
 
 
+def _patch(
+    field: F32, centre: npt.NDArray[np.floating], reach: float
+) -> tuple[tuple[slice, slice], npt.NDArray[np.floating], npt.NDArray[np.floating]] | None:
+    """The part of ``field`` within ``reach`` of ``centre``, with its x and y offsets; None when it lies outside."""
+    size = field.shape[0]
+    x0, x1 = max(0, int(centre[0] - reach)), min(size, int(centre[0] + reach) + 1)
+    y0, y1 = max(0, int(centre[1] - reach)), min(size, int(centre[1] + reach) + 1)
+    if x1 <= x0 or y1 <= y0:
+        return None
+    dx = np.arange(x0, x1, dtype=np.float32)[None, :] - centre[0]
+    dy = np.arange(y0, y1, dtype=np.float32)[:, None] - centre[1]
+    return (slice(y0, y1), slice(x0, x1)), dx, dy
+
+
 def _bulge(
     field: F32,
     centre: npt.NDArray[np.floating],
@@ -124,20 +138,16 @@ def _bulge(
     roll: float,
 ) -> None:
     """Add to ``field`` a local stretch about ``centre`` (gain < 0 widens, > 0 narrows), in place."""
-    size = field.shape[0]
-    reach = 2.6 * max(radius)
-    x0, x1 = max(0, int(centre[0] - reach)), min(size, int(centre[0] + reach) + 1)
-    y0, y1 = max(0, int(centre[1] - reach)), min(size, int(centre[1] + reach) + 1)
-    if x1 <= x0 or y1 <= y0:
+    patch = _patch(field, centre, 2.6 * max(radius))
+    if patch is None:
         return
-    dx = np.arange(x0, x1, dtype=np.float32)[None, :] - centre[0]
-    dy = np.arange(y0, y1, dtype=np.float32)[:, None] - centre[1]
+    here, dx, dy = patch
     c, s = math.cos(roll), math.sin(roll)
     u, v = c * dx + s * dy, -s * dx + c * dy
     w = np.exp(-0.5 * ((u / radius[0]) ** 2 + (v / radius[1]) ** 2))
     du, dv = gain[0] * u * w, gain[1] * v * w
-    field[y0:y1, x0:x1, 0] += c * du - s * dv
-    field[y0:y1, x0:x1, 1] += s * du + c * dv
+    field[here][..., 0] += c * du - s * dv
+    field[here][..., 1] += s * du + c * dv
 
 
 def _push(
@@ -148,17 +158,13 @@ def _push(
     roll: float,
 ) -> None:
     """Add to ``field`` a local move of the picture by ``shift`` [2] about ``centre``, in place."""
-    size = field.shape[0]
-    reach = 3.0 * max(radius)
-    x0, x1 = max(0, int(centre[0] - reach)), min(size, int(centre[0] + reach) + 1)
-    y0, y1 = max(0, int(centre[1] - reach)), min(size, int(centre[1] + reach) + 1)
-    if x1 <= x0 or y1 <= y0:
+    patch = _patch(field, centre, 3.0 * max(radius))
+    if patch is None:
         return
-    dx = np.arange(x0, x1, dtype=np.float32)[None, :] - centre[0]
-    dy = np.arange(y0, y1, dtype=np.float32)[:, None] - centre[1]
+    here, dx, dy = patch
     c, s = math.cos(roll), math.sin(roll)
     u, v = (c * dx + s * dy) / radius[0], (c * dy - s * dx) / radius[1]
-    field[y0:y1, x0:x1] -= np.exp(-0.5 * (u * u + v * v))[..., None] * shift
+    field[here] -= np.exp(-0.5 * (u * u + v * v))[..., None] * shift
 
 
 def _turn_field(points: F32, size: int, yaw: float, pitch: float, cells: int) -> tuple[F32, F32]:
