@@ -18,7 +18,7 @@ from lp_edge.runtime.geometry import euler_from_rotation, rotation_from_euler
 from lp_edge.runtime.motion import Motion
 from lp_edge.runtime.options import AnimateOptions
 
-__all__ = ["Limits", "compose", "soft_limit"]
+__all__ = ["Limits", "compose", "set_gaps", "soft_limit"]
 
 F64 = npt.NDArray[np.float64]
 
@@ -88,7 +88,7 @@ def _gap_ratio(source: F64, driving: F64, neutral: F64, limits: Limits, multipli
     )
 
 
-def _set_gaps(points: F64, pairs: npt.NDArray[np.intp], gaps: F64, upper_share: float) -> None:
+def set_gaps(points: F64, pairs: npt.NDArray[np.intp], gaps: F64, upper_share: float) -> None:
     """Move the lid or lip ``pairs [P, 2]`` (upper, lower) in place until their vertical gaps are ``gaps [P]``.
 
     ``upper_share`` of the way is gone by the upper point. x and z follow in
@@ -166,10 +166,10 @@ def compose(
         )
         for side, pairs in enumerate((_LEFT_LIDS, _RIGHT_LIDS)):
             gaps = np.maximum(shape_s[pairs[:, 1], 1] - shape_s[pairs[:, 0], 1], 0.0)
-            _set_gaps(shape, pairs, gaps * ratio[side], upper_share=0.85)
+            set_gaps(shape, pairs, gaps * ratio[side], upper_share=0.85)
     if region in ("all", "exp", "lip"):
         gap = shape[_LIPS[:, 1], 1] - shape[_LIPS[:, 0], 1]
-        _set_gaps(shape, _LIPS, np.maximum(gap, 0.0), upper_share=0.5)
+        set_gaps(shape, _LIPS, np.maximum(gap, 0.0), upper_share=0.5)
     return replace(out, expression=(shape - canonical).astype(np.float32))
 
 

@@ -1,4 +1,4 @@
-"""Motion templates by formula: nod, shake, tilt, look, blink, smile, talk.
+"""Motion templates by formula: nod, shake, tilt, look, blink, smile, talk; and the bending of the canonical face.
 
 Nothing here comes from a recording. A gesture is a handful of *controls* over time (angles of the head, lids, jaw, smile,
 rounding of the lips, gaze), and :func:`face_shape` bends the canonical face by them: lids slide over the eyeball onto
@@ -9,7 +9,7 @@ interpolated between a few hand-set points. Every gesture starts and ends at res
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from functools import lru_cache
 from types import MappingProxyType
@@ -22,16 +22,16 @@ from lp_edge.runtime import topology
 from lp_edge.runtime.face_motion import Canonical, load_canonical
 from lp_edge.runtime.geometry import rotation_from_euler
 from lp_edge.runtime.motion import Motion
-from lp_edge.runtime.templates import MotionTemplate
+from lp_edge.runtime.templates import KEYPOINTS, MotionTemplate
 
-__all__ = ["GESTURES", "Controls", "builtin_template", "face_shape"]
+__all__ = ["GESTURES", "NECK", "Controls", "builtin_template", "face_shape"]
 
 F64 = npt.NDArray[np.float64]
 
 FPS = Fraction(25)
 _SCALE = 100.0  # pixels per inter-ocular distance; composition is relative, so any value will do
-# Pivot of nods and turns, seen from the head's rotation centre: the top of the spine, below and slightly behind it.
-_NECK = np.array([0.0, 1.1, 0.3])
+NECK = np.array([0.0, 1.1, 0.3])
+"""Pivot of nods and turns, seen from the head's rotation centre in canonical units: the top of the spine, below and behind it."""
 _JAW_OPEN = 15.0  # degrees at jaw = 1
 _EYEBALL = 0.19  # radius in inter-ocular distances: 12 mm of 63 mm
 
@@ -48,6 +48,9 @@ class Controls:
         rounding: -1 wide … 1 pursed.
         brow: 0 … 1 raised.
         gaze_x, gaze_y: -1 … 1, to the right and down in the picture.
+        frown: 0 … 1 brows together and down.
+        bare: 0 … 1 upper lip up, as for showing the teeth.
+        aside: -1 … 1, mouth to the left or right of the picture.
     """
 
     pitch: F64
@@ -60,11 +63,14 @@ class Controls:
     brow: F64
     gaze_x: F64
     gaze_y: F64
+    frown: F64
+    bare: F64
+    aside: F64
 
     @staticmethod
     def rest(frames: int) -> Controls:
         """``frames`` moments of doing nothing."""
-        return Controls(*(np.zeros(frames) for _ in range(10)))
+        return Controls(*(np.zeros(frames) for _ in fields(Controls)))
 
 
 def _mirrored(table: dict[int, tuple[float, float, float]], points: F64) -> tuple[npt.NDArray[np.intp], F64]:
@@ -100,6 +106,9 @@ class _Fields:
     smile: F64  # [478, 3] displacement at 1, as the next two
     purse: F64
     brow: F64
+    frown: F64
+    bare: F64
+    aside: F64
     lids: tuple[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]], ...]  # upper, lower of each eye
     lid_skin: tuple[F64, ...]  # [478, pairs] how much of each upper lid point's way the skin goes
 
@@ -192,6 +201,20 @@ def _mouth_fields(p: F64, upper: npt.NDArray[np.intp], lower: npt.NDArray[np.int
     return _vector_field(p, smile, still), _vector_field(p, purse, still)
 
 
+def _side_fields(p: F64, upper: npt.NDArray[np.intp], lower: npt.NDArray[np.intp]) -> tuple[F64, F64]:
+    """Displacements of a raised upper lip and of a mouth that goes to the right of the picture."""
+    still = (*_STILL, *_NOSE_STILL, 93, 132, 58, 172, 152)
+    corner = abs(float(p[61, 0]))
+    lips = {int(i) for i in (*upper, *lower, 61, 78, 76, 62) if p[i, 0] < 1e-4}
+    raised = {int(i): (0.0, -0.05 * (1.0 - abs(p[i, 0] / corner) ** 4), 0.0) for i in upper if p[i, 0] < 1e-4}
+    dropped = {int(i): (0.0, 0.03 * (1.0 - abs(p[i, 0] / corner) ** 4), 0.0) for i in lower if p[i, 0] < 1e-4}
+    # a mirrored table keeps y, so the share of the way aside is made as a y and turned
+    share = _vector_field(p, {i: (0.0, 1.0, 0.0) for i in lips}, still)
+    aside = np.zeros_like(p)
+    aside[:, 0] = 0.16 * share[:, 1]
+    return _vector_field(p, raised | dropped | {61: (0.0, 0.0, 0.0)}, still), aside
+
+
 @lru_cache(maxsize=4)
 def _fields(data: bytes) -> _Fields:
     p = np.frombuffer(data, np.float32).reshape(topology.NUM_POINTS, 3).astype(np.float64)
@@ -202,6 +225,8 @@ def _fields(data: bytes) -> _Fields:
         9: (0.0, -0.03, 0.0),
         151: (0.0, -0.02, 0.0),
     }
+    lowered = {i: (0.04, 0.07, 0.0) for i in (105, 66, 65, 52)} | {i: (0.06, 0.09, 0.0) for i in (107, 55)}
+    lowered |= {i: (0.015, 0.04, 0.0) for i in (70, 63, 46, 53)} | {9: (0.0, 0.05, 0.0)}
     brow_still = (
         *topology.LEFT_EYE,
         *topology.RIGHT_EYE,
@@ -245,7 +270,21 @@ def _fields(data: bytes) -> _Fields:
     # point below and behind it.
     hinge = 0.5 * (p[234] + p[454]) + [0.0, 0.4, 0.2]
     brow = _vector_field(p, raised, brow_still)
-    return _Fields(p, _jaw_share(p, upper, lower), hinge, smile, purse, brow, tuple(lids), tuple(skin))
+    frown = _vector_field(p, lowered, brow_still)
+    bare, aside = _side_fields(p, upper, lower)
+    return _Fields(
+        p,
+        _jaw_share(p, upper, lower),
+        hinge,
+        smile,
+        purse,
+        brow,
+        frown,
+        bare,
+        aside,
+        tuple(lids),
+        tuple(skin),
+    )
 
 
 def face_shape(controls: Controls, canonical: Canonical) -> F64:
@@ -269,6 +308,9 @@ def face_shape(controls: Controls, canonical: Canonical) -> F64:
         + column(controls.smile) * f.smile
         + np.where(purse > 0, purse, 0.55 * purse) * f.purse
         + column(controls.brow) * f.brow
+        + column(controls.frown) * f.frown
+        + column(controls.bare) * f.bare
+        + column(controls.aside) * f.aside
     )
     # jaw: turn about the hinge, every point by its share of the angle
     angle = np.deg2rad(_JAW_OPEN) * np.asarray(controls.jaw)[:, None] * f.jaw
@@ -297,7 +339,7 @@ def _move_eyes(shape: F64, controls: Controls, f: _Fields) -> None:
         sagitta = (gap[..., :2] ** 2).sum(-1) / (8.0 * _EYEBALL)
         moved[..., 2] -= 4.0 * shut * (1.0 - shut) * sagitta
         way = moved - shape[:, upper]
-        shape += np.einsum("kp,tpd->tkd", skin, way)
+        shape += skin @ way
         shape[:, upper] = moved
         shape[:, lower] = open_lower + shut[..., None] * (meet - open_lower)
 
@@ -435,8 +477,9 @@ def builtin_template(
     fps: Fraction = FPS,
     seed: int = 0,
     canonical: Canonical | None = None,
+    family: str = "mesh",
 ) -> MotionTemplate:
-    """A motion template by formula, of the ``mesh`` family.
+    """A motion template by formula.
 
     Args:
         name: one of :data:`GESTURES`.
@@ -445,7 +488,8 @@ def builtin_template(
         strength: 0 to 2 times the usual size; lids and jaw stop at shut and wide open.
         fps: frames a second, 5 to 240.
         seed: chooses the syllables of ``talk``.
-        canonical: the face that is bent; ``None`` = the one that ships with the package.
+        canonical: the face that is bent; ``None`` = the one that ships with the package. Only the mesh family has one.
+        family: ``mesh`` or ``liveportrait``.
 
     Returns:
         A template whose first and last frame are at rest; frame 0 is neutral.
@@ -472,7 +516,8 @@ def builtin_template(
             raise ConfigError(
                 f"{what} is {value:g}", f"expected {low:g} to {high:g}", "choose a value in that range"
             )
-    canonical = canonical or load_canonical()
+    if family not in KEYPOINTS:
+        raise ConfigError(f"family is {family!r}", f"expected one of {', '.join(KEYPOINTS)}", "choose mesh")
     frames = max(2, round(seconds * fps))
     # the last frame is where the loop closes, one frame before the first one comes again
     t = np.arange(frames) / float(fps)
@@ -480,8 +525,10 @@ def builtin_template(
     controls = _scaled(controls, float(strength))
     return MotionTemplate(
         fps=Fraction(fps),
-        family="mesh",
-        motion=_motion(controls, canonical),
+        family=family,
+        motion=_motion(controls, canonical or load_canonical())
+        if family == "mesh"
+        else _liveportrait_motion(controls),
         neutral=0,
         source=f"lp-edge gesture {name}",
         meta={"gesture": name, "strength": f"{strength:g}", "seed": str(seed)},
@@ -502,7 +549,7 @@ def _motion(controls: Controls, canonical: Canonical) -> Motion:
     """Controls → Motion in a frame where the inter-ocular distance is 100 pixels and the face stands at (256, 256)."""
     shape = face_shape(controls, canonical)
     rotation = rotation_from_euler(controls.pitch, controls.yaw, controls.roll)
-    translation = _SCALE * (_NECK - rotation @ _NECK) + [256.0, 256.0, 0.0]
+    translation = _SCALE * (NECK - rotation @ NECK) + [256.0, 256.0, 0.0]
     points = _SCALE * shape @ np.swapaxes(rotation, 1, 2) + translation[:, None]
     frames = len(shape)
     return Motion(
@@ -512,4 +559,42 @@ def _motion(controls: Controls, canonical: Canonical) -> Motion:
         expression=(shape - canonical.points).astype(np.float32),
         eye_ratio=np.asarray(topology.eye_ratio(points), np.float32),
         lip_ratio=np.asarray(topology.lip_ratio(points), np.float32),
+    )
+
+
+# NECK in LivePortrait's canonical space, by the unit and the pivot of engines/data/mesh/liveportrait_map.npz.
+_LP_NECK = np.array([0.0, 0.255, 0.245])
+# Measured in LivePortrait's own templates: a blink moves the upper lids (keypoints 11, 15) by 0.0125 to 0.0176 and the
+# lower ones (13, 16) by about -0.3 of that, as the reference's wink slider does; 203-landmark ratios of open eyes are
+# about 0.35; the lip ratio grows by 5 per unit of keypoint 19's y, a wide open mouth (jaw = 1) has 0.35.
+_LP_LID_POINTS, _LP_LIDS = (11, 15, 13, 16), 0.015 * np.array([1.0, 1.0, -0.3, -0.3])
+_LP_JAW, _LP_LIPS = 70.0, 0.35
+
+
+def _liveportrait_motion(controls: Controls) -> Motion:
+    """Controls → Motion of LivePortrait's 21 keypoints, by way of the edit sliders; frame 0 is the neutral one."""
+    from lp_edge.runtime.edit import OPEN_EYE, Edits, liveportrait_delta  # builds on face_shape
+
+    frames = len(controls.jaw)
+    expression = np.zeros((frames, 21, 3))
+    for i in range(frames):
+        c = {f.name: float(getattr(controls, f.name)[i]) for f in fields(Controls)}
+        edits = Edits.clipped(
+            smile=c["smile"], lip_open=_LP_JAW * c["jaw"], eyebrow=15.0 * c["brow"],
+            purse=(15.0 if c["rounding"] > 0 else 20.0) * c["rounding"],
+            gaze_x=30.0 * c["gaze_x"], gaze_y=-20.0 * c["gaze_y"],
+        )  # fmt: skip
+        expression[i] = liveportrait_delta(edits).expression
+    shut = np.clip(controls.blink, 0.0, 1.0)
+    expression[:, _LP_LID_POINTS, 1] += shut[:, None] * _LP_LIDS
+    rotation = rotation_from_euler(controls.pitch, controls.yaw, controls.roll)
+    translation = _LP_NECK - rotation @ _LP_NECK
+    translation[:, 2] = 0.0
+    return Motion(
+        rotation=rotation.astype(np.float32),
+        translation=translation.astype(np.float32),
+        scale=np.ones(frames, np.float32),
+        expression=expression.astype(np.float32),
+        eye_ratio=np.repeat(OPEN_EYE * (1.0 - shut)[:, None], 2, axis=1).astype(np.float32),
+        lip_ratio=(_LP_LIPS * np.clip(controls.jaw, 0.0, None)).astype(np.float32),
     )

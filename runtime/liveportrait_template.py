@@ -17,9 +17,10 @@ import pickletools
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -30,13 +31,16 @@ from lp_edge.runtime.face_motion import Canonical, motion_from_points
 from lp_edge.runtime.motion import Motion
 from lp_edge.runtime.templates import MAX_FRAMES, MotionTemplate
 
-__all__ = ["LivePortraitMap", "load_liveportrait", "load_map", "read_pickle", "to_mesh"]
+__all__ = ["USUAL_RATIOS", "LivePortraitMap", "load_liveportrait", "load_map", "read_pickle", "to_mesh"]
 
 F64 = npt.NDArray[np.float64]
 
 MAX_PICKLE_BYTES = 256 * 2**20
 # Every opcode makes at most one small object, so this bounds memory whatever the file says (about 130 a frame are usual).
 MAX_PICKLE_OPS = 8_000_000
+
+USUAL_RATIOS: Mapping[str, tuple[float, ...]] = MappingProxyType({"eyes": (0.3, 0.32), "lip": (0.1,)})
+"""Ratios that stand in where a template has none, so that retargeting has something plausible to aim at."""
 
 _UNSAFE = "use a template made by LivePortrait itself; do not open this file with other programs"
 
@@ -364,7 +368,8 @@ def load_liveportrait(path: str | Path) -> MotionTemplate:
 
     Returns:
         A template of the family ``liveportrait``: rotation ``Rᵀ`` of the file (see the module text), translation and scale in its
-        unit (half a crop), expression ``[T, 21, 3]``, the ratios of its 203 landmarks. A file without ratios gives zeros and ``meta["ratios"] = "none"``.
+        unit (half a crop), expression ``[T, 21, 3]``, the ratios of its 203 landmarks. ``meta["ratios"]`` names those
+        that the file has (``eyes lip``, ``eyes``, ``lip`` or ``none``); for others :data:`USUAL_RATIOS` stand in.
 
     Raises:
         MediaError: not such a template, damaged, or it would run code.
@@ -398,15 +403,18 @@ def load_liveportrait(path: str | Path) -> MotionTemplate:
         raise MediaError(f"{path} says {stated} frames and holds {count}", "equal numbers", remedy)
 
     ratios: dict[str, F64] = {}
-    for name, size in (("eyes", 2), ("lip", 1)):
+    own = []
+    for name, usual in USUAL_RATIOS.items():
         rows = _first_of(content, f"c_{name}_lst", f"c_d_{name}_lst")
         if rows is None:
+            ratios[name] = np.tile(usual, (count, 1))
             continue
+        own.append(name)
         if not isinstance(rows, list) or len(rows) != count:
             got = str(len(rows)) if isinstance(rows, list) else type(rows).__name__
             raise MediaError(f"{path}: {got} {name} ratios for {count} frames", "one a frame", remedy)
         ratios[name] = np.stack(
-            [_numbers(path, f"{name} ratio of frame {i}", r, size) for i, r in enumerate(rows)]
+            [_numbers(path, f"{name} ratio of frame {i}", r, len(usual)) for i, r in enumerate(rows)]
         )
     with np.errstate(over="ignore", invalid="ignore"):
         motion = Motion(
@@ -414,10 +422,10 @@ def load_liveportrait(path: str | Path) -> MotionTemplate:
             translation=np.stack(columns["t"]).astype(np.float32),
             scale=np.concatenate(columns["scale"]).astype(np.float32),
             expression=np.stack(columns["exp"]).reshape(count, 21, 3).astype(np.float32),
-            eye_ratio=ratios.get("eyes", np.zeros((count, 2))).astype(np.float32),
-            lip_ratio=ratios.get("lip", np.zeros((count, 1)))[:, 0].astype(np.float32),
+            eye_ratio=ratios["eyes"].astype(np.float32),
+            lip_ratio=ratios["lip"][:, 0].astype(np.float32),
         )
-    meta = {"layout": "R_d" if "R_d" in frames[0] else "R", "ratios": " ".join(ratios) or "none"}
+    meta = {"layout": "R_d" if "R_d" in frames[0] else "R", "ratios": " ".join(own) or "none"}
     try:
         return MotionTemplate(
             _fps(path, content.get("output_fps")), "liveportrait", motion, 0, path.name, meta
@@ -445,6 +453,34 @@ class LivePortraitMap:
     unit: float
     pivot: npt.NDArray[np.float32]
 
+    @staticmethod
+    def from_table(table: Mapping[str, npt.NDArray[np.generic]]) -> LivePortraitMap:
+        """Build from the arrays of ``liveportrait_map.npz``, a bundle's table ``liveportrait_map``.
+
+        Raises:
+            BundleError: an array is missing, has a wrong shape or holds NaN.
+        """
+        remedy = "export the bundle again, or reinstall lp-edge"
+        try:
+            arrays = {f.name: np.asarray(table[f.name]).astype(np.float32) for f in fields(LivePortraitMap)}
+        except (KeyError, ValueError, TypeError) as error:
+            raise BundleError(
+                f"the map of LivePortrait's motion is broken: {error!r}",
+                f"expected arrays {', '.join(f.name for f in fields(LivePortraitMap))}; got {sorted(table)}",
+                remedy,
+            ) from error
+        shapes = {name: array.shape for name, array in arrays.items()}
+        k = shapes["weights"][-1] if arrays["weights"].ndim == 2 else -1
+        expected = {"weights": (63, k), "own_ratio": (2,), "rotation": (3, 3), "unit": (), "pivot": (3,)}
+        finite = all(bool(np.isfinite(array).all()) for array in arrays.values())
+        if shapes != expected or k < 3 or not finite or not arrays["unit"] > 0:
+            raise BundleError(
+                f"the map of LivePortrait's motion holds {shapes}",
+                "expected (63, K + 3), (2,), (3, 3), (), (3,), finite, unit > 0",
+                remedy,
+            )
+        return LivePortraitMap(**{**arrays, "unit": float(arrays["unit"])})  # type: ignore[arg-type]
+
 
 def load_map(path: Path | None = None) -> LivePortraitMap:
     """Read ``liveportrait_map.npz``; ``None`` reads the one that ships with the package.
@@ -457,21 +493,11 @@ def load_map(path: Path | None = None) -> LivePortraitMap:
     )
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as table:
-            arrays = {name: table[name].astype(np.float32) for name in table.files}
-        made = LivePortraitMap(
-            arrays["weights"], arrays["own_ratio"], arrays["rotation"], float(arrays["unit"]), arrays["pivot"]
-        )
-    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+            return LivePortraitMap.from_table({name: table[name] for name in table.files})
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise BundleError(
             f"cannot read {path}: {error}", "the map of LivePortrait's motion", "reinstall lp-edge"
         ) from error
-    shapes = (made.weights.shape[:1], made.own_ratio.shape, made.rotation.shape, made.pivot.shape)
-    finite = all(bool(np.isfinite(array).all()) for array in arrays.values())
-    if shapes != ((63,), (2,), (3, 3), (3,)) or made.weights.ndim != 2 or not finite or not made.unit > 0:
-        raise BundleError(
-            f"{path} holds {shapes}", "(63, K + 3), (2,), (3, 3), (3,), finite", "reinstall lp-edge"
-        )
-    return made
 
 
 def to_mesh(

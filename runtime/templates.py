@@ -38,8 +38,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lp_edge.errors import MediaError, OutputError
-from lp_edge.runtime.face_motion import Canonical
+from lp_edge.errors import ConfigError, MediaError, OutputError
+from lp_edge.runtime.face_motion import Canonical, load_canonical
 from lp_edge.runtime.geometry import orthonormal
 from lp_edge.runtime.motion import Motion
 
@@ -223,26 +223,41 @@ def save_template(template: MotionTemplate, path: str | Path) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
-def load_template(path: str | Path, canonical: Canonical | None = None) -> MotionTemplate:
+def load_template(
+    path: str | Path,
+    canonical: Canonical | None = None,
+    *,
+    family: str | None = None,
+    template_map: Mapping[str, npt.NDArray[np.generic]] | None = None,
+) -> MotionTemplate:
     """Read a motion template: an own ``.npz``, a LivePortrait ``.pkl``, or the name of a built-in one.
 
     The content decides, not the file's name. Nothing in the file is executed, sizes are checked before memory is taken.
 
     Args:
         path: file, or one of :data:`lp_edge.runtime.gestures.GESTURES` where no such file exists.
-        canonical: when given, the result is of the ``mesh`` family: LivePortrait templates are converted
-            (:func:`lp_edge.runtime.liveportrait_template.to_mesh`). When None, a LivePortrait template stays what it is.
+        canonical: the mesh's canonical face; None = the one that ships with the package.
+        family: what the result shall be of. LivePortrait's motion becomes mesh motion by
+            :func:`lp_edge.runtime.liveportrait_template.to_mesh`; the other way there is none. None = ``mesh`` when
+            ``canonical`` is given, else whatever the file holds (a built-in one: ``mesh``).
+        template_map: the opened bundle's table ``liveportrait_map``, used to convert; None = the one that ships with the package.
 
     Raises:
         MediaError: there is no such file or template, it is no template, or its content is broken.
+        ConfigError: ``family`` is unknown, or the template cannot be converted to it.
+        BundleError: ``template_map`` is broken or belongs to another canonical face.
     """
     from lp_edge.runtime import gestures, liveportrait_template  # they build on MotionTemplate
 
+    if family is None and canonical is not None:
+        family = "mesh"
+    if family is not None and family not in KEYPOINTS:
+        raise ConfigError(f"family is {family!r}", f"expected one of {', '.join(KEYPOINTS)}", "choose mesh")
     name = str(path)
     path = Path(path)
     if not path.exists():
         if name in gestures.GESTURES:
-            return gestures.builtin_template(name, canonical=canonical)
+            return gestures.builtin_template(name, canonical=canonical, family=family or "mesh")
         raise MediaError(
             f"no such file or template: {name}",
             f"expected a file, or one of {', '.join(gestures.GESTURES)}",
@@ -270,9 +285,16 @@ def load_template(path: str | Path, canonical: Canonical | None = None) -> Motio
             "expected an .npz of lp-edge or a .pkl of LivePortrait (pickle protocol 2 or later)",
             "check that the file is complete and of the right kind",
         )
-    if canonical is not None and template.family == "liveportrait":
-        return liveportrait_template.to_mesh(template, canonical)
-    return template
+    if family is None or template.family == family:
+        return template
+    if family != "mesh":
+        raise ConfigError(
+            f"{path} holds motion of the family {template.family}",
+            f"expected {family}: mesh points cannot be turned into its keypoints",
+            "use a template of LivePortrait (.pkl), a built-in one, the clip itself, or a bundle of the family mesh",
+        )
+    mapping = None if template_map is None else liveportrait_template.LivePortraitMap.from_table(template_map)
+    return liveportrait_template.to_mesh(template, canonical or load_canonical(), mapping)
 
 
 def _load_npz(path: Path, size: int) -> MotionTemplate:

@@ -13,6 +13,7 @@ from lp_edge.errors import ConfigError
 from lp_edge.runtime import topology
 from lp_edge.runtime.face_motion import Canonical, load_canonical, motion_from_points, points_from_motion
 from lp_edge.runtime.gestures import GESTURES, Controls, builtin_template, face_shape
+from lp_edge.runtime.liveportrait_template import to_mesh
 from lp_edge.runtime.motion import Motion
 from lp_edge.runtime.templates import load_template, save_template
 
@@ -179,7 +180,7 @@ def test_pursed_lips_are_narrow_and_stick_out(canonical: Canonical) -> None:
     assert narrow[[0, 17], 2].max() < p[[0, 17], 2].max() - 0.03
 
 
-@pytest.mark.parametrize("control", ["blink", "jaw", "smile", "rounding", "brow"])
+@pytest.mark.parametrize("control", ["blink", "jaw", "smile", "rounding", "brow", "frown", "bare"])
 def test_symmetric_controls_give_symmetric_faces(control: str, canonical: Canonical) -> None:
     shape = _shape(canonical, **{control: 0.8})
     for left, right in (
@@ -263,3 +264,70 @@ def test_gestures_are_loaded_by_name_and_kept_in_files(
     assert np.array_equal(template.motion.expression, builtin_template("smile").motion.expression)
     save_template(template, tmp_path / "own.npz")
     assert len(load_template("own.npz")) == len(template)
+
+
+# --- the same gestures for LivePortrait's 21 keypoints ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_liveportrait_gestures_start_from_exactly_nothing(name: str) -> None:
+    template = builtin_template(name, family="liveportrait")
+    m = template.motion
+    assert (template.family, template.neutral) == ("liveportrait", 0)
+    assert np.array_equal(m.rotation[0], np.eye(3))
+    assert not m.expression[0].any()
+    assert not m.translation[0].any()
+    assert np.all(m.scale == 1.0)
+    assert np.all((m.eye_ratio >= 0) & (m.eye_ratio <= 0.5))
+    assert np.all((m.lip_ratio >= 0) & (m.lip_ratio <= 0.6))
+    assert np.abs(m.expression).max() < 0.1  # as large as in LivePortrait's own templates
+    assert np.abs(m.expression[-1]).max() < 0.003
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_liveportrait_gestures_show_what_the_mesh_shows(
+    name: str, motions: dict[str, Motion], canonical: Canonical
+) -> None:
+    """Read back through the map that was fitted on LivePortrait's own clips, ratios by the keypoints alone."""
+    template = replace(builtin_template(name, family="liveportrait"), meta={})
+    ours, theirs = motions[name], to_mesh(template, canonical).motion
+    for a, b in zip(ours.angles, template.motion.angles, strict=True):
+        assert np.abs(a - b).max() < 0.01
+    if name in ("blink", "talk"):
+        assert np.corrcoef(ours.eye_ratio[:, 0], theirs.eye_ratio[:, 0])[0, 1] > 0.95
+        assert np.ptp(theirs.eye_ratio[:, 0]) == pytest.approx(np.ptp(ours.eye_ratio[:, 0]), rel=0.3)
+    if name == "talk":
+        assert np.corrcoef(ours.lip_ratio, theirs.lip_ratio)[0, 1] > 0.95
+        assert np.ptp(theirs.lip_ratio) == pytest.approx(np.ptp(ours.lip_ratio), rel=0.3)
+    if name == "smile":
+        shape = canonical.points + theirs.expression
+        width = np.linalg.norm(shape[:, 61] - shape[:, 291], axis=1)
+        assert width.max() > width[0] + 0.06
+    if name == "look":
+        iris = theirs.expression[:, [468, 473], 0].mean(1)
+        gaze = ours.expression[:, [468, 473], 0].mean(1)
+        assert np.corrcoef(iris, gaze)[0, 1] > 0.95
+
+
+def test_ratios_of_liveportrait_gestures_follow_the_keypoints() -> None:
+    m = builtin_template("talk", family="liveportrait").motion
+    assert np.corrcoef(m.lip_ratio, m.expression[:, 19, 1])[0, 1] > 0.99
+    blink = builtin_template("blink", family="liveportrait").motion
+    assert np.corrcoef(blink.eye_ratio[:, 0], blink.expression[:, 11, 1])[0, 1] < -0.99
+    assert blink.eye_ratio.min() == 0.0
+
+
+def test_an_unknown_family_is_refused() -> None:
+    with pytest.raises(ConfigError, match="family is 'puppet'"):
+        builtin_template("nod", family="puppet")
+
+
+def test_controls_of_the_mouth_and_the_brows(canonical: Canonical) -> None:
+    frown, bare, aside = (
+        _shape(canonical, **{name: 1.0}) - canonical.points for name in ("frown", "bare", "aside")
+    )
+    assert frown[[66, 296, 105, 334], 1].min() > 0.04  # down …
+    assert frown[66, 0] > 0.02 > -0.02 > frown[296, 0]  # … and together
+    assert bare[13, 1] < -0.03 < 0.02 < bare[14, 1]
+    assert aside[[61, 291, 13, 14], 0].min() > 0.1
+    assert np.abs(np.stack([bare, aside])[:, [*STILL, 152]]).max() < 0.01

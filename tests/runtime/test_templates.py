@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lp_edge.errors import BundleError, MediaError, OutputError
+from lp_edge.errors import BundleError, ConfigError, MediaError, OutputError
 from lp_edge.runtime import liveportrait_template, templates
 from lp_edge.runtime.face_motion import Canonical, load_canonical
 from lp_edge.runtime.geometry import rotation_from_euler
@@ -313,6 +313,18 @@ def test_both_layouts_in_every_binary_protocol(tmp_path: Path, layout: str, prot
     if layout == "R_d":
         assert np.array_equal(template.motion.eye_ratio, made.eye_ratio)
         assert np.array_equal(template.motion.lip_ratio, made.lip_ratio)
+    else:  # something plausible, and meta says that it is not the file's
+        assert np.array_equal(template.motion.eye_ratio, np.tile(np.float32([0.3, 0.32]), (FRAMES, 1)))
+        assert np.array_equal(template.motion.lip_ratio, np.full(FRAMES, np.float32(0.1)))
+
+
+def test_ratios_of_which_only_some_are_there(tmp_path: Path) -> None:
+    content = _liveportrait("R_d")
+    del content["c_d_lip_lst"]
+    template = load_template(_pickled(tmp_path / "a.pkl", content))
+    assert template.meta["ratios"] == "eyes"
+    assert np.array_equal(template.motion.eye_ratio, _motion(FRAMES, 21).eye_ratio)
+    assert np.array_equal(template.motion.lip_ratio, np.full(FRAMES, np.float32(0.1)))
 
 
 def test_pickles_of_numpy_1_and_other_dtypes(tmp_path: Path) -> None:
@@ -506,6 +518,64 @@ def test_maps_that_do_not_fit_are_refused(tmp_path: Path, canonical: Canonical) 
     np.savez(tmp_path / "b.npz", weights=np.zeros((3, 3)), own_ratio=0, rotation=0, unit=1, pivot=0)
     with pytest.raises(BundleError, match="finite"):
         load_map(tmp_path / "b.npz")
+
+
+# --- one template, two families ---------------------------------------------------------------------------
+
+
+def test_a_template_of_its_own_family_is_not_touched(tmp_path: Path) -> None:
+    path = _pickled(tmp_path / "a.pkl", _liveportrait("R_d"))
+    wanted, as_it_is = load_template(path, family="liveportrait"), load_template(path)
+    assert wanted.family == "liveportrait"
+    assert np.array_equal(wanted.motion.expression, as_it_is.motion.expression)
+    save_template(wanted, tmp_path / "a.npz")
+    assert load_template(tmp_path / "a.npz", family="liveportrait").meta == wanted.meta
+
+
+def test_liveportrait_motion_becomes_mesh_motion(tmp_path: Path, canonical: Canonical) -> None:
+    pkl = _pickled(tmp_path / "a.pkl", _liveportrait("R_d"))
+    save_template(load_template(pkl), tmp_path / "a.npz")
+    for path in (pkl, tmp_path / "a.npz"):
+        usual = load_template(path, canonical)
+        assert usual.family == "mesh"
+        assert np.array_equal(usual.motion.expression, load_template(path, family="mesh").motion.expression)
+
+
+def test_the_bundles_own_map_is_used(tmp_path: Path, canonical: Canonical) -> None:
+    path = _pickled(tmp_path / "a.pkl", _liveportrait("R_d"))
+    known = load_map()
+    table = {
+        name: np.asarray(getattr(known, name))
+        for name in ("weights", "own_ratio", "rotation", "unit", "pivot")
+    }
+    same = load_template(path, canonical, template_map=table).motion
+    other = load_template(path, canonical, template_map={**table, "weights": 2 * table["weights"]}).motion
+    assert np.array_equal(same.expression, load_template(path, canonical).motion.expression)
+    assert np.allclose(other.expression, 2 * same.expression, atol=1e-5)
+    assert np.abs(same.expression).max() > 0.01
+    for broken in ({**table, "unit": np.float32(0)}, {**table, "pivot": np.zeros(2)}, {}):
+        with pytest.raises(BundleError, match="the map of LivePortrait's motion"):
+            load_template(path, canonical, template_map=broken)
+
+
+def test_mesh_motion_cannot_become_liveportraits(tmp_path: Path) -> None:
+    save_template(_template(), tmp_path / "a.npz")
+    with pytest.raises(
+        ConfigError, match=r"a\.npz holds motion of the family mesh; expected liveportrait"
+    ) as caught:
+        load_template(tmp_path / "a.npz", family="liveportrait")
+    assert "bundle of the family mesh" in caught.value.remedy
+    with pytest.raises(ConfigError, match="family is 'puppet'"):
+        load_template(tmp_path / "a.npz", family="puppet")
+
+
+def test_built_in_names_in_both_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert [load_template("nod", family=f).family for f in (None, "mesh", "liveportrait")] == [
+        "mesh",
+        "mesh",
+        "liveportrait",
+    ]
 
 
 @pytest.fixture(scope="module")
