@@ -33,13 +33,19 @@ from lp_edge.errors import (
 if TYPE_CHECKING:
     from lp_edge.engines.backends import BackendConfig, available_backends
     from lp_edge.engines.bundle import Bundle, open_bundle
-    from lp_edge.runtime.animator import AnimatedFrame, Animation, Animator, DriverFrame, Stopwatch
+    from lp_edge.runtime.animator import AnimatedFrame, Animation, Animator
+    from lp_edge.runtime.crop import CropOptions
+    from lp_edge.runtime.driver import Driver, DriverFrame
+    from lp_edge.runtime.edit import Edits, parse_edits
     from lp_edge.runtime.faces import Face
+    from lp_edge.runtime.family import Portrait
     from lp_edge.runtime.gestures import builtin_template
     from lp_edge.runtime.job import Progress, RunConfig, RunResult, animate, run_job
-    from lp_edge.runtime.mesh_family import Portrait
+    from lp_edge.runtime.keyframes import Keyframes, load_keyframes
+    from lp_edge.runtime.liveportrait_options import LivePortraitOptions
     from lp_edge.runtime.motion import Motion
     from lp_edge.runtime.options import AnimateOptions
+    from lp_edge.runtime.stopwatch import Stopwatch
     from lp_edge.runtime.templates import MotionTemplate, load_template, save_template
 
     __version__: str
@@ -54,11 +60,16 @@ __all__ = [
     "Bundle",
     "BundleError",
     "ConfigError",
+    "CropOptions",
+    "Driver",
     "DriverFrame",
+    "Edits",
     "EngineError",
     "ExportError",
     "Face",
     "Interrupted",
+    "Keyframes",
+    "LivePortraitOptions",
     "LpEdgeError",
     "MediaError",
     "Motion",
@@ -75,8 +86,10 @@ __all__ = [
     "animate",
     "available_backends",
     "builtin_template",
+    "load_keyframes",
     "load_template",
     "open_bundle",
+    "parse_edits",
     "run_job",
     "save_template",
 ]
@@ -84,13 +97,19 @@ __all__ = [
 _HOMES = {
     "lp_edge.engines.backends": ("BackendConfig", "available_backends"),
     "lp_edge.engines.bundle": ("Bundle", "open_bundle"),
-    "lp_edge.runtime.animator": ("AnimatedFrame", "Animation", "Animator", "DriverFrame", "Stopwatch"),
+    "lp_edge.runtime.animator": ("AnimatedFrame", "Animation", "Animator"),
+    "lp_edge.runtime.crop": ("CropOptions",),
+    "lp_edge.runtime.driver": ("Driver", "DriverFrame"),
+    "lp_edge.runtime.edit": ("Edits", "parse_edits"),
     "lp_edge.runtime.faces": ("Face",),
+    "lp_edge.runtime.family": ("Portrait",),
     "lp_edge.runtime.gestures": ("builtin_template",),
     "lp_edge.runtime.job": ("Progress", "RunConfig", "RunResult", "animate", "run_job"),
-    "lp_edge.runtime.mesh_family": ("Portrait",),
+    "lp_edge.runtime.keyframes": ("Keyframes", "load_keyframes"),
+    "lp_edge.runtime.liveportrait_options": ("LivePortraitOptions",),
     "lp_edge.runtime.motion": ("Motion",),
     "lp_edge.runtime.options": ("AnimateOptions",),
+    "lp_edge.runtime.stopwatch": ("Stopwatch",),
     "lp_edge.runtime.templates": ("MotionTemplate", "load_template", "save_template"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from lp_edge.errors import LpEdgeError, MediaError
 from lp_edge.runtime.animator import Animator
+from lp_edge.runtime.face_motion import motion_from_points
 from lp_edge.runtime.geometry import euler_from_rotation
 from lp_edge.runtime.media_read import VideoReader, probe, resample
 from lp_edge.runtime.provenance import provenance
@@ -40,7 +41,7 @@ def rotations_of_clip(animator: Animator, path: Path, *, smooth: bool) -> F64:
             face = next(iter(tracker.update(frame.rgb, float(frame.time))), None)
             visible = face is not None and face.visible
             rows.append(
-                animator.family.motion_of(face.points).rotation if visible else np.full((3, 3), np.nan)
+                motion_from_points(face.points, animator.canonical).rotation if visible else np.full((3, 3), np.nan)
             )
     return np.array(rows, np.float64)
 

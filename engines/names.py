@@ -8,15 +8,19 @@ __all__ = [
     "APPEARANCE",
     "BOXES",
     "DEFORMATION",
+    "DELTA",
     "EXP",
     "FACE_DETECTOR",
     "FACE_MESH",
+    "FEATURES",
     "FEATURE_3D",
+    "FEATURE_COMPRESSED",
     "IMAGE",
     "KP",
     "KP_DRIVING",
     "KP_SOURCE",
     "MOTION",
+    "OCCLUSION_MAP",
     "PITCH",
     "POINTS",
     "RETARGET_EYE",
@@ -27,6 +31,7 @@ __all__ = [
     "SCORES",
     "SOURCE_IMAGE",
     "STITCHING",
+    "WARPED",
     "WARP_DECODE",
     "YAW",
     "T",
@@ -50,7 +55,12 @@ SCORES: Final = "scores"
 POINTS: Final = "points"
 SCORE: Final = "score"
 FEATURE_3D: Final = "feature_3d"
+FEATURE_COMPRESSED: Final = "feature_compressed"
 DEFORMATION: Final = "deformation"
+OCCLUSION_MAP: Final = "occlusion_map"
+WARPED: Final = "warped"
+FEATURES: Final = "features"
+DELTA: Final = "delta"
 KP_SOURCE: Final = "kp_source"
 KP_DRIVING: Final = "kp_driving"
 PITCH: Final = "pitch"

@@ -7,22 +7,20 @@
     source ── decode ─ track ─ crop ───┘
 
 Every arrow between two stages is a bounded queue with a thread behind it, so decoding, motion and rendering overlap and
-memory does not grow with the length of a clip.
+memory does not grow with the length of a clip. A family that has to see the whole of a source clip's motion first
+(:meth:`Family.measures_whole_clip`) gets two passes, between which only motion is kept.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,83 +28,30 @@ import numpy.typing as npt
 from lp_edge.engines import names
 from lp_edge.engines.backends import BackendConfig, resolve_backend
 from lp_edge.engines.bundle import Bundle, open_bundle
-from lp_edge.errors import ConfigError, MediaError, NoFaceError
+from lp_edge.errors import ConfigError, NoFaceError
+from lp_edge.runtime.driver import Driver, DriverFrame, Drivers, at_rate, decode, frame_rate
 from lp_edge.runtime.face_motion import Canonical
-from lp_edge.runtime.faces import (
-    DetectorConfig,
-    Face,
-    FaceDetector,
-    FaceMeshNet,
-    locate_faces,
-    no_face_error,
-    select_faces,
-)
+from lp_edge.runtime.faces import DetectorConfig, Face, FaceDetector, FaceMeshNet, faces_policy, left_to_right
+from lp_edge.runtime.families import open_family
+from lp_edge.runtime.family import Family, Follower, Portrait
 from lp_edge.runtime.image import read_image
-from lp_edge.runtime.media_read import MediaInfo, VideoReader, probe, resample, sniff_kind
-from lp_edge.runtime.mesh_family import MeshFamily, Portrait
+from lp_edge.runtime.media_read import probe, sniff_kind
 from lp_edge.runtime.motion import Motion
 from lp_edge.runtime.options import AnimateOptions
-from lp_edge.runtime.paste_back import paste_back
 from lp_edge.runtime.pipeline import Prefetch, prefetch
-from lp_edge.runtime.templates import MotionTemplate, load_template
-from lp_edge.runtime.tracking import FaceTracker, TrackerConfig
+from lp_edge.runtime.stopwatch import Stopwatch
+from lp_edge.runtime.templates import MotionTemplate
+from lp_edge.runtime.tracking import FaceFinder, FaceTracker
 
-__all__ = ["AnimatedFrame", "Animation", "Animator", "DriverFrame", "Stopwatch"]
+__all__ = ["AnimatedFrame", "Animation", "Animator", "DriverFrame", "Driving", "Stopwatch"]
 
 U8 = npt.NDArray[np.uint8]
 
+Driving = str | Path | MotionTemplate | Driver | None
+"""Anything that can drive: clip, picture, template (file, name or object), an open driver, or None for edits alone."""
+
 _QUEUE = 4
-_SAMPLES = 1 << 16
-_PICTURE_FPS = Fraction(25)
-
-
-class Stopwatch:
-    """Collects how long each stage took, per frame; safe to use from several threads.
-
-    Only the newest 65 536 samples of a stage are kept, so that memory does not grow with a stream.
-
-    Example:
-        >>> watch = Stopwatch()
-        >>> with watch("warp"):
-        ...     pass
-        >>> len(watch.seconds["warp"])
-        1
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.seconds: dict[str, deque[float]] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Time the body as one sample of ``stage``, in seconds."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add(stage, time.perf_counter() - start)
-
-    def add(self, stage: str, seconds: float) -> None:
-        """Add one sample."""
-        with self._lock:
-            self.seconds.setdefault(stage, deque(maxlen=_SAMPLES)).append(seconds)
-
-
-@dataclass(frozen=True)
-class DriverFrame:
-    """One step of a driver.
-
-    Attributes:
-        time: seconds from the driver's start.
-        motion: motion of the face, held while the face is lost, ``None`` before the first face appears.
-        state: ``tracked``, ``reacquired``, ``lost`` or ``none`` (no face yet); ``template`` for a template.
-        rgb: the driving picture uint8 ``[H, W, 3]``; ``None`` for a template.
-    """
-
-    time: Fraction
-    motion: Motion | None
-    state: str
-    rgb: U8 | None = None
+_MAX_FACES = 8
 
 
 @dataclass(frozen=True)
@@ -115,9 +60,9 @@ class AnimatedFrame:
 
     Attributes:
         index: 0, 1, 2, …
-        rgb: uint8 ``[H, W, 3]``, the animated source frame.
+        rgb: uint8 ``[H, W, 3]``, the animated source frame (or the crop alone, where nothing is pasted back).
         source: uint8 ``[H, W, 3]``, the source frame it was made from.
-        driver: the driving step it shows.
+        driver: the driving step it shows, of the first driver where there are several.
     """
 
     index: int
@@ -157,15 +102,158 @@ class Animation:
         self.frames.close()
 
 
-@dataclass(frozen=True)
-class _Driver:
-    """A driver that is ready to run: its rate, length, neutral motion and a way to start it."""
+class _Cast:
+    """Who follows whom: one driver for all faces, or one for each from the first on; faces beyond the drivers stay still.
 
-    fps: Fraction
-    expected: int | None
-    neutral: Motion | None
-    still: bool
-    start: Callable[[], Generator[DriverFrame, None, None]]
+    Args:
+        family: draws.
+        drivers: at least one.
+        options: how.
+        source_clip: the source is a clip.
+    """
+
+    def __init__(
+        self, family: Family[Any], drivers: Sequence[Driver], options: AnimateOptions, *, source_clip: bool
+    ) -> None:
+        self._family, self._options, self._source_clip = family, options, source_clip
+        self.drivers = drivers
+        self._neutral = [d.neutral for d in drivers]
+        self._followers: dict[int, Follower[Any]] = {}
+        for slot in range(len(drivers)):
+            self.follower(slot)  # so that an option that does not fit is told before any work
+        self._last: U8 | None = None
+
+    def driver_of(self, slot: int) -> int | None:
+        """Index of the driver of the face in ``slot``; None when there is none."""
+        if len(self.drivers) == 1:
+            return 0
+        return slot if slot < len(self.drivers) else None
+
+    def follower(self, slot: int) -> Follower[Any]:
+        """The follower of the face in ``slot``, which must have a driver."""
+        if slot not in self._followers:
+            index = self.driver_of(slot)
+            if index is None:
+                raise ConfigError(f"face {slot} has no driver", f"there are {len(self.drivers)}", "add one")
+            kind = self.drivers[index].kind
+            self._followers[slot] = self._family.follower(self._options, kind, source_clip=self._source_clip)
+        return self._followers[slot]
+
+    def record(self) -> None:
+        """Read all drivers' motion before the first frame."""
+        self.drivers = [d.recorded() for d in self.drivers]
+        self._neutral = [d.neutral for d in self.drivers]
+
+    def neutral_of(self, slot: int) -> Motion | None:
+        """Neutral motion of the driver of the face in ``slot``, where it is known."""
+        index = self.driver_of(slot)
+        return None if index is None else self._neutral[index]
+
+    def motions(self, slot: int, steps: Sequence[DriverFrame], own: Motion) -> tuple[Motion, Motion] | None:
+        """Driving and neutral motion of the face in ``slot``; None while its driver shows no face."""
+        index = self.driver_of(slot)
+        if index is None:
+            return None
+        step = steps[index]
+        if step.state == "edit":
+            return own, own
+        if step.motion is None:
+            return None
+        neutral = self._neutral[index]
+        if neutral is None:
+            neutral = self._neutral[index] = step.motion
+        return step.motion, neutral
+
+    def draw(
+        self,
+        index: int,
+        rgb: U8,
+        when: Fraction,
+        faces: Sequence[tuple[int, Portrait]],
+        steps: Sequence[DriverFrame],
+        watch: Stopwatch,
+    ) -> AnimatedFrame:
+        """One frame of an animation; a face stays as it is while its driver shows none."""
+        options, family = self._options, self._family
+        out: U8 | None = None
+        edits = options.edits_at(float(when))
+        for slot, portrait in faces:
+            moves = self.motions(slot, steps, portrait.motion)
+            if moves is None:
+                if not options.paste_back and self._last is None:
+                    self._last = family.crop_only(portrait, None, options)
+                continue
+            with watch("compose"):
+                kp_source, kp_driving = self.follower(slot).keypoints(index, portrait, *moves, edits)
+            with watch("warp"):
+                crop = family.render(portrait, [kp_source], [kp_driving])[0]
+            with watch("paste_back"):
+                if options.paste_back:
+                    out = family.paste(portrait, crop, out)
+                else:
+                    self._last = family.crop_only(portrait, crop, options)
+        if not options.paste_back:
+            size = family.crop_size(options)
+            # until the first face of a clip there is nothing to cut out
+            out = self._last if self._last is not None else np.zeros((size, size, 3), np.uint8)
+        return AnimatedFrame(index, rgb if out is None else out, rgb, steps[0])
+
+
+class _Slots:
+    """Gives the faces of a source clip lasting places: 0, 1, … from left to right as they stand when first seen.
+
+    A tracker that loses a face for long finds it again under a new id; it then takes the vacant place that lies nearest.
+    """
+
+    def __init__(self, policy: str, drivers: int) -> None:
+        wanted = faces_policy(policy)
+        self._largest = wanted == "largest"
+        self._chosen = wanted if isinstance(wanted, tuple) else None
+        self._drivers = drivers
+        self._slot: dict[int, int] = {}
+        self._place: dict[int, npt.NDArray[np.float64]] = {}
+
+    @property
+    def max_faces(self) -> int:
+        """How many faces have to be tracked."""
+        return 1 if self._largest else _MAX_FACES
+
+    def assign(self, faces: Sequence[Face]) -> list[tuple[int, Face]]:
+        """The visible faces that are animated, with the number of their place among the chosen ones.
+
+        Raises:
+            ConfigError: the first frame with faces shows fewer of them than there are drivers.
+        """
+        seen = left_to_right([f for f in faces if f.visible])
+        if seen and not self._place and (1 if self._largest else len(seen)) < self._drivers:
+            raise too_many_drivers(self._drivers, 1 if self._largest else len(seen))
+        for face in seen:
+            centre = np.asarray(face.points[:, :2], np.float64).mean(0)
+            if face.id not in self._slot:
+                taken = {self._slot[f.id] for f in seen if f.id in self._slot}
+                vacant = [slot for slot in self._place if slot not in taken]
+                if self._largest:
+                    self._slot[face.id] = 0
+                elif vacant:
+                    self._slot[face.id] = min(
+                        vacant, key=lambda s: float(np.linalg.norm(self._place[s] - centre))
+                    )
+                else:
+                    self._slot[face.id] = len(self._place)
+            self._place[self._slot[face.id]] = centre
+        placed = [(self._slot[f.id], f) for f in seen]
+        if self._chosen is None:
+            return placed
+        return [(self._chosen.index(slot), f) for slot, f in placed if slot in self._chosen]
+
+
+def too_many_drivers(drivers: int, faces: int) -> ConfigError:
+    """The error for more drivers than faces to animate."""
+    return ConfigError(
+        f"{drivers} drivers for {faces} face{'s' * (faces != 1)}",
+        "expected one driver for all faces, or at most one for each face that is animated",
+        "leave drivers out, or choose more faces (--faces left-right)",
+    )
 
 
 class Animator:
@@ -174,10 +262,13 @@ class Animator:
     Args:
         bundle: folder of a bundle, an open bundle, or ``None`` for the built-in one.
         backend: which engine runs the networks; see :class:`lp_edge.engines.backends.BackendConfig`.
+        face_models: folder with ``landmark.onnx`` and, if wanted, InsightFace's ``det_10g.onnx`` and ``2d106det.onnx``; the
+            liveportrait family then cuts its crops as the reference does.
 
     Raises:
         BundleError: the bundle is incomplete or altered.
         BackendUnavailable: the backend asked for is not there.
+        ConfigError: the bundle's family is unknown, or it does not use ``face_models``.
 
     Example:
         >>> from lp_edge import Animator
@@ -187,32 +278,31 @@ class Animator:
     """
 
     def __init__(
-        self, bundle: str | Path | Bundle | None = None, *, backend: BackendConfig | None = None
+        self,
+        bundle: str | Path | Bundle | None = None,
+        *,
+        backend: BackendConfig | None = None,
+        face_models: str | Path | None = None,
     ) -> None:
         self.bundle = (
             bundle if isinstance(bundle, Bundle) else open_bundle(None if bundle is None else Path(bundle))
         )
-        if self.bundle.manifest.family != MeshFamily.name:
-            raise ConfigError(
-                f"the bundle holds the family {self.bundle.manifest.family!r}",
-                f"this version animates the family {MeshFamily.name!r}",
-                "use the built-in bundle, or export one with lp-export --family mesh",
-            )
         config = resolve_backend(backend or BackendConfig())
         if config.threads == 0:
             # Tracking and rendering run side by side; each network on all cores would make them wait for each other.
             config = replace(config, threads=max(1, (os.cpu_count() or 1) // 2))
         with ExitStack() as stack:
+            self.family: Family[Any] = open_family(
+                self.bundle, config, stack, None if face_models is None else Path(face_models)
+            )
             detector = stack.enter_context(self.bundle.runner(names.FACE_DETECTOR, config))
             mesh = stack.enter_context(self.bundle.runner(names.FACE_MESH, config))
-            warp = stack.enter_context(self.bundle.runner(names.WARP_DECODE, config))
             self._runners = stack.pop_all()
         # The mesh network confirms every face, so the detector may be lenient.
-        self.detector = FaceDetector(detector, DetectorConfig(score=0.4))
-        self.mesh = FaceMeshNet(mesh)
+        self.finder = FaceFinder(FaceDetector(detector, DetectorConfig(score=0.4)), FaceMeshNet(mesh))
         self.canonical = Canonical.from_table(self.bundle.load_table("canonical"))
-        self.family = MeshFamily(warp, self.canonical)
-        self.backend = warp.backend
+        self.backend = self.family.backend
+        self._drivers = Drivers(self.family, self.finder)
 
     def __enter__(self) -> Animator:  # noqa: PYI034 - Self needs Python 3.11
         return self
@@ -230,10 +320,10 @@ class Animator:
 
     def tracker(self, *, smooth: bool, max_faces: int = 1) -> FaceTracker:
         """A face tracker of its own for one stream."""
-        return FaceTracker(self.detector, self.mesh, TrackerConfig(smooth=smooth, max_faces=max_faces))
+        return self.finder.tracker(smooth=smooth, max_faces=max_faces)
 
     def find_faces(self, rgb: U8, options: AnimateOptions | None = None) -> list[Face]:
-        """Faces of one picture that ``options.face`` selects.
+        """Faces of one picture that ``options.faces`` selects.
 
         Args:
             rgb: uint8 ``[H, W, 3]``.
@@ -241,11 +331,7 @@ class Animator:
         Raises:
             NoFaceError: there is no face, or none with that index.
         """
-        options = options or AnimateOptions()
-        faces = locate_faces(rgb, self.detector, self.mesh, stages=None)
-        if not faces:
-            raise no_face_error(rgb)
-        return select_faces(faces, options.face)
+        return self.finder.find(rgb, (options or AnimateOptions()).faces)
 
     def prepare_source(self, frame: U8 | str | Path, options: AnimateOptions | None = None) -> list[Portrait]:
         """Find, cut and measure the faces to animate in a picture (array uint8 ``[H, W, 3]`` RGB or a path).
@@ -258,151 +344,26 @@ class Animator:
         rgb = frame if isinstance(frame, np.ndarray) else read_image(frame)
         return [self.family.prepare(rgb, face.points, options) for face in self.find_faces(rgb, options)]
 
-    def render(
-        self,
-        portraits: list[Portrait],
-        driving: Motion,
-        neutral: Motion,
-        options: AnimateOptions | None = None,
-        watch: Stopwatch | None = None,
-    ) -> U8:
-        """One animated frame uint8 ``[H, W, 3]``: all ``portraits`` of one source frame follow ``driving``."""
-        options, watch = options or AnimateOptions(), watch or Stopwatch()
-        out: U8 | None = None
-        for portrait in portraits:
-            with watch("compose"):
-                kp = self.family.keypoints(portrait, driving, neutral, options)
-            with watch("warp"):
-                crop = self.family.render(portrait, [kp])[0]
-            with watch("paste_back"):
-                out = paste_back(portrait.frame, crop, portrait.rect, out=out)
-        if out is None:
-            raise NoFaceError(
-                "no portrait to render", "expected at least one face", "prepare the source first"
-            )
-        return out
-
-    def _frame(
-        self,
-        index: int,
-        rgb: U8,
-        portraits: list[Portrait],
-        step: DriverFrame,
-        neutral: Motion | None,
-        options: AnimateOptions,
-        watch: Stopwatch,
-    ) -> AnimatedFrame:
-        """One frame of an animation; the source stays as it is while either side shows no face."""
-        out = rgb
-        if portraits and step.motion is not None and neutral is not None:
-            out = self.render(portraits, step.motion, neutral, options, watch)
-        return AnimatedFrame(index, out, rgb, step)
-
     # -- drivers ------------------------------------------------------------------------------------
 
     def open_driver(
-        self, driving: str | Path | MotionTemplate, options: AnimateOptions, watch: Stopwatch
-    ) -> _Driver:
-        """Look at a driver (clip, picture, template file, template name or template) and make it ready to run."""
-        if isinstance(driving, MotionTemplate):
-            return self._template_driver(driving, options)
-        kind = "template" if not Path(driving).exists() else sniff_kind(Path(driving))
-        if kind == "template":
-            return self._template_driver(load_template(driving, self.canonical), options)
-        if kind == "image":
-            return self._picture_driver(Path(driving), options, watch)
-        return self._clip_driver(Path(driving), options, watch)
+        self, driving: Driving, options: AnimateOptions | None = None, watch: Stopwatch | None = None
+    ) -> Driver:
+        """Look at a driver (clip, picture, template file, template name or template) and make it ready to run.
 
-    def _template_driver(self, template: MotionTemplate, options: AnimateOptions) -> _Driver:
-        index = options.neutral or template.neutral
-        if index >= len(template.motion):
-            raise _neutral_beyond(index, len(template.motion))
+        ``open_driver(…).recorded()`` reads its motion once; the result drives any number of sources.
 
-        def start() -> Generator[DriverFrame, None, None]:
-            for i in range(len(template.motion)):
-                yield DriverFrame(Fraction(i) / template.fps, template.motion[i], "template")
-
-        return _Driver(template.fps, len(template.motion), template.motion[index], False, start)
-
-    def _picture_driver(self, path: Path, options: AnimateOptions, watch: Stopwatch) -> _Driver:
-        rgb = read_image(path)
-        with watch("motion"):
-            motion = self.family.motion_of(self.find_faces(rgb)[0].points)
-
-        def start() -> Generator[DriverFrame, None, None]:
-            yield DriverFrame(Fraction(0), motion, "tracked", rgb)
-
-        return _Driver(_PICTURE_FPS, 1, self.family.picture_neutral(motion), True, start)
-
-    def _clip_driver(self, path: Path, options: AnimateOptions, watch: Stopwatch) -> _Driver:
-        info = probe(path)
-        fps = _rate(info)
-
-        def start() -> Generator[DriverFrame, None, None]:
-            return self._track_clip(path, fps, options, watch)
-
-        neutral = None
-        if options.neutral:
-            with prefetch(self._track_clip(path, fps, options, Stopwatch()), 1, "neutral") as steps:
-                step = next(itertools.islice(steps, options.neutral, None), None)
-            if step is None:
-                raise _neutral_beyond(options.neutral, info.frames or 0)
-            if step.state not in ("tracked", "reacquired"):
-                raise NoFaceError(
-                    f"frame {options.neutral} of {path.name} shows no face",
-                    "expected a face in the neutral frame",
-                    "choose another --neutral",
-                )
-            neutral = step.motion
-        return _Driver(fps, info.frames, neutral, False, start)
-
-    def _track_clip(
-        self, path: Path, fps: Fraction, options: AnimateOptions, watch: Stopwatch
-    ) -> Generator[DriverFrame, None, None]:
-        """Motion of a driving clip, step by step at a constant rate."""
-        tracker = self.tracker(smooth=options.smooth)
-        motion: Motion | None = None
-        seen = 0
-        with prefetch(self._decode(path, fps, watch), _QUEUE, "decode driving") as frames:
-            for when, rgb in frames:
-                with watch("motion"):
-                    face = next(iter(tracker.update(rgb, float(when))), None)
-                    state = "none" if face is None else face.state
-                    if face is not None and state != "lost":
-                        motion = self.family.motion_of(face.points)
-                    elif motion is not None:
-                        state = "lost"
-                seen += 1
-                if motion is None and when > options.face_timeout:
-                    raise NoFaceError(
-                        f"no face in the first {float(when):.1f} s of {path.name}",
-                        f"expected one within {options.face_timeout:g} s",
-                        "trim the clip or raise --face-timeout",
-                    )
-                yield DriverFrame(when, motion, state, rgb)
-        if motion is None:
-            raise NoFaceError(
-                f"no face in any of the {seen} frames of {path.name}",
-                "expected a face of 40 pixels or more",
-                "use a clip that shows the face larger or more upright",
-            )
-
-    @staticmethod
-    def _decode(path: Path, fps: Fraction, watch: Stopwatch) -> Iterator[tuple[Fraction, U8]]:
-        """Frames of a clip at a constant rate, with their times."""
-        with VideoReader(path) as reader:
-            start = time.perf_counter()
-            for frame in resample(reader, fps):
-                watch.add("decode", time.perf_counter() - start)
-                yield frame.time, frame.rgb
-                start = time.perf_counter()
+        Raises:
+            MediaError, NoFaceError, ConfigError: it cannot drive.
+        """
+        return self._drivers.open(driving, options or AnimateOptions(), watch or Stopwatch())
 
     # -- whole animations -----------------------------------------------------------------------------
 
     def animate(
         self,
         source: str | Path | U8,
-        driving: str | Path | MotionTemplate,
+        driving: Driving | Sequence[Driving],
         options: AnimateOptions | None = None,
         *,
         watch: Stopwatch | None = None,
@@ -412,7 +373,9 @@ class Animator:
         Args:
             source: path of a picture or clip, or a picture uint8 ``[H, W, 3]`` RGB.
             driving: path of a clip, picture or template (``.npz``, LivePortrait ``.pkl``), the name of a built-in
-                template (``nod``, ``shake``, ``blink``, ``smile``, ``talk``), or a template.
+                template (``nod``, ``shake``, ``blink``, ``smile``, ``talk``), a template, an open driver, or None to let only
+                ``options.edits`` and ``options.keyframes`` act. A sequence of them: one for each face that
+                ``options.faces`` selects, in that order.
             options: see :class:`AnimateOptions`.
             watch: collects the time of each stage.
 
@@ -423,99 +386,186 @@ class Animator:
             MediaError, NoFaceError, ConfigError: before the first frame where that can be known, otherwise from the iteration.
         """
         options, watch = options or AnimateOptions(), watch or Stopwatch()
+        several: list[Driving] = list(driving) if isinstance(driving, (list, tuple)) else [driving]  # type: ignore[list-item]
+        if not several:
+            raise ConfigError("no driver", "expected one or more", "pass None to let edits alone act")
+        if not options.paste_back and faces_policy(options.faces) == "left-right":
+            raise ConfigError(
+                "several faces and no paste-back",
+                "expected one face where the crop alone is the result",
+                "choose one face, or paste back",
+            )
+        drivers = [self.open_driver(d, options, watch) for d in several]
         if not isinstance(source, np.ndarray) and sniff_kind(Path(source)) == "video":
-            return self._animate_clip(Path(source), driving, options, watch)
+            return self._animate_clip(Path(source), drivers, options, watch)
         rgb = source if isinstance(source, np.ndarray) else read_image(source)
-        portraits = self.prepare_source(rgb, options)
-        driver = self.open_driver(driving, options, watch)
+        portraits = list(enumerate(self.prepare_source(rgb, options)))
+        if len(portraits) < len(drivers):
+            raise too_many_drivers(len(drivers), len(portraits))
+        cast = _Cast(self.family, drivers, options, source_clip=False)
+        still = all(d.still for d in drivers)
+        fps = next((d.fps for d in drivers if not d.still), drivers[0].fps)
 
         def rendered() -> Iterator[AnimatedFrame]:
-            neutral = driver.neutral
-            with prefetch(driver.start(), _QUEUE, "motion") as steps:
-                for index, step in enumerate(steps):
-                    neutral = step.motion if neutral is None else neutral
-                    yield self._frame(index, rgb, portraits, step, neutral, options, watch)
+            with closing(_together(drivers, fps, options.length)) as steps:
+                for index, (when, together) in enumerate(steps):
+                    yield cast.draw(index, rgb, when, portraits, together, watch)
+                    if still:
+                        return
 
-        size = (rgb.shape[1], rgb.shape[0])
-        frames = prefetch(rendered(), _QUEUE, "render")
-        return Animation(driver.fps, size, driver.expected, driver.still, frames, watch)
+        size = (rgb.shape[1], rgb.shape[0]) if options.paste_back else (self.family.crop_size(options),) * 2
+        counts = [
+            None if d.expected is None else round(d.expected * fps / d.fps) for d in drivers if not d.still
+        ]
+        known = [c for c in counts if c is not None]
+        expected = 1 if still else min(known) if known and options.length != "driving" else counts[0]
+        return Animation(fps, size, expected, still, prefetch(rendered(), _QUEUE, "render"), watch)
 
     def _animate_clip(
-        self, path: Path, driving: str | Path | MotionTemplate, options: AnimateOptions, watch: Stopwatch
+        self, path: Path, drivers: list[Driver], options: AnimateOptions, watch: Stopwatch
     ) -> Animation:
-        """A clip as source: every frame is a source of its own, the driver's steps are laid on its times."""
+        """A clip as source: every frame is a source of its own, the drivers' steps are laid on its times."""
         info = probe(path)
-        fps = _rate(info)
-        driver = self.open_driver(driving, options, watch)
-
-        def sources() -> Iterator[tuple[Fraction, U8, list[Portrait]]]:
-            tracker = self.tracker(smooth=options.smooth, max_faces=1 if options.face == "largest" else 8)
-            with prefetch(self._decode(path, fps, watch), _QUEUE, "decode source") as frames:
-                for when, rgb in frames:
-                    with watch("source"):
-                        faces = [f for f in tracker.update(rgb, float(when)) if f.visible]
-                        portraits = [
-                            self.family.prepare(rgb, f.points, options) for f in _present(faces, options.face)
-                        ]
-                    yield when, rgb, portraits
+        fps = frame_rate(info)
+        still = all(d.still for d in drivers)
+        # What holds for as long as it is asked has no length of its own.
+        length = "source" if still else options.length
+        cast = _Cast(self.family, drivers, options, source_clip=True)
+        whole = any(self.family.measures_whole_clip(d.kind) for d in drivers)
 
         def rendered() -> Iterator[AnimatedFrame]:
-            neutral, index, any_face = driver.neutral, 0, False
+            index, any_face = 0, False
+            if whole:
+                cast.record()
+                frames = self._planned(path, fps, cast, options, length, watch)
+            else:
+                frames = self._sources(path, fps, options, len(drivers), watch)
             with (
-                prefetch(sources(), _QUEUE, "source") as frames,
-                prefetch(_at_rate(driver, fps), _QUEUE, "motion") as steps,
+                prefetch(frames, _QUEUE, "source") as sources,
+                closing(_together(cast.drivers, fps, length)) as steps,
             ):
-                for (when, rgb, portraits), step in _paired(frames, steps, options.length):
-                    neutral = step.motion if neutral is None else neutral
+                for (when, rgb, portraits), (_, together) in _paired(sources, steps, length):
                     any_face = any_face or bool(portraits)
                     if not any_face and when > options.face_timeout:
                         raise _no_source_face(path)
-                    yield self._frame(index, rgb, portraits, step, neutral, options, watch)
+                    yield cast.draw(index, rgb, Fraction(index) / fps, portraits, together, watch)
                     index += 1
             if not any_face:
                 raise _no_source_face(path)
 
-        n_driver = None if driver.expected is None else round(driver.expected * fps / driver.fps)
-        expected = _expected(info.frames, None if driver.still else n_driver, options.length)
-        frames = prefetch(rendered(), _QUEUE, "render")
-        return Animation(fps, (info.width, info.height), expected, False, frames, watch)
+        lengths = [round(d.expected * fps / d.fps) for d in drivers if d.expected is not None and not d.still]
+        expected = _expected(info.frames, min(lengths, default=None), length)
+        size = (info.width, info.height) if options.paste_back else (self.family.crop_size(options),) * 2
+        return Animation(fps, size, expected, False, prefetch(rendered(), _QUEUE, "render"), watch)
+
+    def _measures(
+        self, path: Path, fps: Fraction, options: AnimateOptions, drivers: int, watch: Stopwatch
+    ) -> Generator[tuple[Fraction, U8, list[tuple[int, Any]]], None, None]:
+        """Time, picture and measured faces of every frame of a source clip."""
+        slots = _Slots(options.faces, drivers)
+        tracker = self.tracker(smooth=options.smooth, max_faces=slots.max_faces)
+        with prefetch(decode(path, fps, watch), _QUEUE, "decode source") as frames:
+            for when, rgb in frames:
+                with watch("source"):
+                    faces = slots.assign(tracker.update(rgb, float(when)))
+                    measures = [(slot, self.family.measure(rgb, f.points, options)) for slot, f in faces]
+                yield when, rgb, measures
+
+    def _sources(
+        self, path: Path, fps: Fraction, options: AnimateOptions, drivers: int, watch: Stopwatch
+    ) -> Generator[tuple[Fraction, U8, list[tuple[int, Portrait]]], None, None]:
+        """A source clip in one pass: time, picture and prepared faces."""
+        with closing(self._measures(path, fps, options, drivers, watch)) as measured:
+            for when, rgb, measures in measured:
+                with watch("prepare"):
+                    portraits = [(slot, self.family.portrait(rgb, m, options)) for slot, m in measures]
+                yield when, rgb, portraits
+
+    def _planned(
+        self,
+        path: Path,
+        fps: Fraction,
+        cast: _Cast,
+        options: AnimateOptions,
+        length: str,
+        watch: Stopwatch,
+    ) -> Generator[tuple[Fraction, U8, list[tuple[int, Portrait]]], None, None]:
+        """A source clip in two passes: its motion and the drivers' as a whole, then its frames again."""
+        with closing(self._measures(path, fps, options, len(cast.drivers), watch)) as measured:
+            measures = [found for _, _, found in measured]
+        slots = sorted({slot for found in measures for slot, _ in found})
+        for slot in (s for s in slots if cast.driver_of(s) is not None):
+            self._plan(slot, measures, fps, cast, length)
+        with prefetch(decode(path, fps, watch), _QUEUE, "decode source again") as frames:
+            for (when, rgb), found in zip(frames, measures, strict=True):
+                with watch("prepare"):
+                    portraits = [(slot, self.family.portrait(rgb, m, options)) for slot, m in found]
+                yield when, rgb, portraits
+
+    def _plan(
+        self, slot: int, measures: list[list[tuple[int, Any]]], fps: Fraction, cast: _Cast, length: str
+    ) -> None:
+        """Show one follower the motion of its face and of its driver, both held where they are not seen."""
+        own = [
+            next((self.family.motion_of_measure(m) for s, m in found if s == slot), None)
+            for found in measures
+        ]
+        known = next(m for m in own if m is not None)
+        neutral = cast.neutral_of(slot)
+        held = neutral = known if neutral is None else neutral
+        sources: list[Motion] = []
+        driving: list[Motion] = []
+        with closing(_together(cast.drivers, fps, length)) as steps:
+            for motion, (_, together) in _paired(iter(own), steps, length):
+                known = known if motion is None else motion
+                moves = cast.motions(slot, together, known)
+                held = held if moves is None else moves[0]
+                sources.append(known)
+                driving.append(held)
+        cast.follower(slot).plan(sources, driving, neutral)
 
 
-def _present(faces: list[Face], which: str) -> list[Face]:
-    """The faces to animate in one frame of a clip: an index that is out of sight for a while is no error."""
-    return [] if which.isdecimal() and int(which) >= len(faces) else select_faces(faces, which)
+def _together(
+    drivers: Sequence[Driver], fps: Fraction, length: str
+) -> Generator[tuple[Fraction, list[DriverFrame]], None, None]:
+    """Steps of all drivers side by side at one rate; with ``length`` "driving" the first one's length counts.
 
-
-def _at_rate(driver: _Driver, fps: Fraction) -> Generator[DriverFrame, None, None]:
-    """The driver's steps at another constant rate: for each output time the newest step that is due.
-
-    A picture driver never ends: it holds its one motion for as long as the source lasts.
+    Drivers that are still hold their step; when all are, this never ends.
     """
-    with closing(driver.start()) as steps:
-        index = 0
-        current = next(steps, None)
-        while current is not None:
-            following = next(steps, None)
-            end = following.time if following is not None else current.time + 1 / driver.fps
-            while Fraction(index) / fps < end or (driver.still and following is None):
-                yield current
-                index += 1
-            current = following
+    alone = len(drivers) == 1 and not drivers[0].still and drivers[0].fps == fps
+    with ExitStack() as stack:
+        runs = [
+            stack.enter_context(
+                prefetch(d.start() if alone else at_rate(d, fps), _QUEUE, f"motion of {d.name}")
+            )
+            for d in drivers
+        ]
+        current: list[DriverFrame] = []
+        for index, first in enumerate(runs[0]):
+            steps = [first]
+            for i, run in enumerate(runs[1:], 1):
+                step = next(run, None)
+                if step is None:
+                    if length != "driving" or not current:
+                        return
+                    step = current[i]
+                steps.append(step)
+            current = steps
+            yield Fraction(index) / fps, steps
 
 
-def _paired(
-    frames: Iterator[tuple[Fraction, U8, list[Portrait]]], steps: Iterator[DriverFrame], length: str
-) -> Iterator[tuple[tuple[Fraction, U8, list[Portrait]], DriverFrame]]:
+def _paired(frames: Iterator[Any], steps: Iterator[Any], length: str) -> Iterator[tuple[Any, Any]]:
     """Source frames beside driver steps; the one that ends first holds its last item where ``length`` says so."""
-    frame, step = next(frames, None), next(steps, None)
-    while frame is not None and step is not None:
+    missing = object()
+    frame, step = next(frames, missing), next(steps, missing)
+    while frame is not missing and step is not missing:
         yield frame, step
-        next_frame, next_step = next(frames, None), next(steps, None)
-        if length == "shortest" and (next_frame is None or next_step is None):
+        next_frame, next_step = next(frames, missing), next(steps, missing)
+        ended = {"source": next_frame is missing, "driving": next_step is missing}
+        if ended.get(length, ended["source"] or ended["driving"]):
             return
-        if (length == "source" and next_frame is None) or (length == "driving" and next_step is None):
-            return
-        frame, step = next_frame or frame, next_step or step
+        frame = frame if next_frame is missing else next_frame
+        step = step if next_step is missing else next_step
 
 
 def _expected(source: int | None, driving: int | None, length: str) -> int | None:
@@ -524,22 +574,6 @@ def _expected(source: int | None, driving: int | None, length: str) -> int | Non
         return known[length]
     counts = [n for n in (source, driving) if n is not None]
     return min(counts) if counts else None
-
-
-def _rate(info: MediaInfo) -> Fraction:
-    if info.fps is None or info.fps <= 0:
-        raise MediaError(
-            "the clip states no frame rate",
-            "expected a rate above 0",
-            "convert it with a constant frame rate",
-        )
-    return info.fps
-
-
-def _neutral_beyond(index: int, frames: int) -> ConfigError:
-    return ConfigError(
-        f"neutral frame {index}", f"the driver has {frames} frames", "choose a smaller --neutral"
-    )
 
 
 def _no_source_face(path: Path) -> NoFaceError:

@@ -85,7 +85,7 @@ def bench_animation(
     ):
         folder = Path(name)
         source = _default_source(folder) if source is None else source
-        driving = _default_driver(folder, animator) if driving is None else driving
+        driving = _default_driver(folder) if driving is None else driving
         inputs = {
             "source": _describe(source, folder),
             "driving": _describe(driving, folder),
@@ -165,6 +165,12 @@ def bench_warp(
             "choose values in that range",
         )
     opened = open_bundle(bundle)
+    if opened.manifest.family != "mesh":
+        raise ConfigError(
+            f"the warp alone of a bundle of the family {opened.manifest.family}",
+            "expected the family mesh, whose warp takes crops of any size",
+            "use lp-bench run, or benchmarks/graphs.py for the graphs of the family liveportrait",
+        )
     canonical = Canonical.from_table(opened.load_table("canonical"))
     image = cv2.resize(read_image(demo_picture()), (size, size), interpolation=cv2.INTER_AREA)[None]
     kp_source, kp_driving = _warp_points(canonical, size)
@@ -234,11 +240,17 @@ def _default_source(folder: Path) -> Path:
     return path
 
 
-def _default_driver(folder: Path, animator: Animator) -> Path:
+def _default_driver(folder: Path) -> Path:
+    """A clip made by the built-in bundle, whatever bundle is measured."""
     path = folder / "demo_talks_512x512.mp4"
-    template = builtin_template("talk", duration=_DRIVER_SECONDS, canonical=animator.canonical)
     with (
-        closing(animator.animate(demo_picture(), template)) as animation,
+        Animator() as animator,
+        closing(
+            animator.animate(
+                demo_picture(),
+                builtin_template("talk", duration=_DRIVER_SECONDS, canonical=animator.canonical),
+            )
+        ) as animation,
         open_writer(path, animation.size, Fraction(25)) as writer,
     ):
         for frame in animation:

@@ -36,6 +36,7 @@ __all__ = [
     "confirm_faces",
     "crop_from_box",
     "crop_from_points",
+    "faces_policy",
     "iou_matrix",
     "largest",
     "left_to_right",
@@ -790,35 +791,54 @@ def left_to_right(faces: Sequence[Face]) -> list[Face]:
     return sorted(faces, key=lambda f: float(f.box[0] + f.box[2]))
 
 
+def faces_policy(policy: str) -> str | tuple[int, ...]:
+    """``largest``, ``left-right``, or the indices of a policy such as ``0`` or ``2,0``; ``all`` is ``left-right``.
+
+    Raises:
+        ConfigError: none of these, or an index twice.
+    """
+    if policy in ("all", "left-right"):
+        return "left-right"
+    if policy == "largest":
+        return policy
+    parts = policy.split(",")
+    if not all(part.strip().isdecimal() for part in parts) or len({int(p) for p in parts}) != len(parts):
+        raise ConfigError(
+            f"faces is {policy!r}",
+            "expected largest, all, left-right, or indices from left to right such as 0 or 0,2, each once",
+            "use largest",
+        )
+    return tuple(int(part) for part in parts)
+
+
 def select_faces(faces: Sequence[Face], policy: str) -> list[Face]:
     """Faces by a policy.
 
     Args:
         faces: any faces.
-        policy: ``all`` (from left to right), ``largest`` (one) or an index from left to right, such as ``0``.
+        policy: ``all`` or ``left-right`` (all, from left to right), ``largest`` (one), or indices from left to right,
+            such as ``0`` or ``2,0`` (in that order).
 
     Returns:
         The faces chosen; empty when ``faces`` is.
 
     Raises:
         ConfigError: the policy is unknown.
-        NoFaceError: there are faces, but fewer than the index asks for.
+        NoFaceError: there are faces, but fewer than an index asks for.
     """
-    if policy not in ("all", "largest") and not policy.isdecimal():
-        raise ConfigError(
-            f"face is {policy!r}", "expected largest, all or an index from left to right", "use largest"
-        )
+    wanted = faces_policy(policy)
     if not faces:
         return []
-    if policy == "all":
-        return left_to_right(faces)
-    if policy == "largest":
+    if wanted == "largest":
         return largest(faces)[:1]
-    index = int(policy)
-    if index >= len(faces):
-        raise NoFaceError(
-            f"face {index} was asked for, {len(faces)} found",
-            f"expected an index from 0 to {len(faces) - 1}, counted from left to right",
-            "choose a smaller index",
-        )
-    return [left_to_right(faces)[index]]
+    ordered = left_to_right(faces)
+    if isinstance(wanted, str):
+        return ordered
+    for index in wanted:
+        if index >= len(faces):
+            raise NoFaceError(
+                f"face {index} was asked for, {len(faces)} found",
+                f"expected an index from 0 to {len(faces) - 1}, counted from left to right",
+                "choose a smaller index",
+            )
+    return [ordered[index] for index in wanted]

@@ -7,8 +7,9 @@ Expects a bundle with the network ``warp_decode`` and the table ``canonical`` (s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -16,39 +17,44 @@ import numpy.typing as npt
 
 from lp_edge.engines import names
 from lp_edge.engines.runner import Array, Runner, to_host
+from lp_edge.errors import ConfigError
 from lp_edge.runtime.compose import compose
+from lp_edge.runtime.edit import Edits
 from lp_edge.runtime.face_motion import Canonical, motion_from_points, points_from_motion
+from lp_edge.runtime.family import DriverKind, Family, Follower, Portrait
+from lp_edge.runtime.mesh_edit import edit_mesh
 from lp_edge.runtime.motion import Motion
 from lp_edge.runtime.options import AnimateOptions
+from lp_edge.runtime.paste_back import paste_back
+from lp_edge.runtime.resample import resize_crop
+from lp_edge.runtime.templates import MotionTemplate, load_template
 
-__all__ = ["MeshFamily", "Portrait"]
+__all__ = ["MeshFamily", "MeshFollower", "MeshPortrait"]
 
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
 
 # Extent of the crop around the mesh, in face sizes: room for hair, neck and the motion's fade-out.
 _SIDE, _ABOVE, _BELOW = 0.60, 0.62, 0.50
+# Longer side of the animated crop where no size is asked for.
+_SIZE = 640
 # Crop sides are multiples of this, so that a tracked source clip does not show a new shape every frame.
 _STEP = 32
 
 
 @dataclass(frozen=True)
-class Portrait:
-    """A face of a source frame, prepared for rendering.
+class MeshPortrait(Portrait):
+    """A face of a source frame, prepared for rendering; its motion is in frame pixels.
 
     Attributes:
-        frame: uint8 ``[H, W, 3]`` RGB, the whole source frame.
         rect: x0, y0, x1, y1 of the crop in the frame, whole pixels.
         image: uint8 ``[1, h, w, 3]``, the crop, at most ``AnimateOptions.size`` on its longer side.
         kp_source: float32 ``[478, 3]``, mesh points in crop pixels.
-        motion: the source's own motion, in frame pixels.
     """
 
-    frame: U8
     rect: tuple[int, int, int, int]
     image: U8
     kp_source: F32
-    motion: Motion
 
 
 def _crop_rect(points: F32, height: int, width: int) -> tuple[int, int, int, int]:
@@ -82,52 +88,92 @@ def _to_crop(points: F32, rect: tuple[int, int, int, int], shape: tuple[int, ...
     return out
 
 
-class MeshFamily:
+def _foreign(options: AnimateOptions) -> list[str]:
+    """Options that were set although only the liveportrait family has a use for them."""
+    default = AnimateOptions()
+    changed = [name for name in ("crop", "driving_crop") if getattr(options, name) != getattr(default, name)]
+    own, usual = options.liveportrait, default.liveportrait
+    return changed + [f.name for f in fields(own) if getattr(own, f.name) != getattr(usual, f.name)]
+
+
+class MeshFollower(Follower[MeshPortrait]):
+    """Composes each frame on its own; there is nothing to remember or to plan."""
+
+    def __init__(self, canonical: Canonical, options: AnimateOptions) -> None:
+        self._canonical, self._options = canonical, options
+        # once, not per frame
+        self._points = np.asarray(canonical.points, np.float64)
+        self._basis = np.asarray(canonical.basis, np.float64)
+
+    def keypoints(
+        self, index: int, portrait: MeshPortrait, driving: Motion, neutral: Motion, edits: Edits
+    ) -> tuple[F32, F32]:
+        """Source and driving keypoints ``[478, 3]`` in crop pixels."""
+        motion = portrait.motion
+        if driving is not motion:
+            motion = compose(motion, driving, neutral, self._points, self._options, basis=self._basis)
+        if edits:
+            motion = edit_mesh(motion, edits, self._canonical, source=portrait.motion)
+        points = points_from_motion(motion, self._canonical)
+        return portrait.kp_source, _to_crop(points, portrait.rect, portrait.image.shape[1:])
+
+
+class MeshFamily(Family[MeshPortrait]):
     """Prepares sources, reads motion and renders for the ``mesh`` family.
 
     Args:
         warp: runner of the ``warp_decode`` graph: ``image`` u8 [1, h, w, 3], ``kp_source`` and ``kp_driving`` f32 [N, 478, 3] →
             ``image`` u8 [N, h, w, 3].
         canonical: canonical face, expression basis and rigid weights of the bundle.
+        template_map: the bundle's table ``liveportrait_map``, which lets LivePortrait's templates drive a mesh; None = none.
     """
 
     name = "mesh"
 
-    def __init__(self, warp: Runner, canonical: Canonical) -> None:
-        self._warp = warp
-        self.canonical = canonical
-        # once, not per frame
-        self._points = np.asarray(canonical.points, np.float64)
-        self._basis = np.asarray(canonical.basis, np.float64)
+    def __init__(
+        self,
+        warp: Runner,
+        canonical: Canonical,
+        template_map: Mapping[str, npt.NDArray[np.generic]] | None = None,
+    ) -> None:
+        self._warp, self.backend = warp, warp.backend
+        self.canonical, self._template_map = canonical, template_map
 
-    def prepare(self, frame: U8, points: F32, options: AnimateOptions) -> Portrait:
-        """Cut the crop of one face and read its motion.
+    def measure(self, frame: U8, points: F32, options: AnimateOptions) -> F32:
+        """The mesh itself."""
+        return points
 
-        Args:
-            frame: uint8 ``[H, W, 3]`` RGB.
-            points: float32 ``[478, 3]`` mesh in frame pixels.
-        """
+    def motion_of_measure(self, measure: F32) -> Motion:
+        """Motion of mesh points ``[478, 3]`` in frame pixels."""
+        return motion_from_points(measure, self.canonical)
+
+    def portrait(self, frame: U8, measure: F32, options: AnimateOptions) -> MeshPortrait:
+        """Cut the crop of one face and read its motion."""
         height, width = frame.shape[:2]
-        rect = _crop_rect(points, height, width)
+        rect = _crop_rect(measure, height, width)
         x0, y0, x1, y1 = rect
         crop: U8 = np.ascontiguousarray(frame[y0:y1, x0:x1])
-        shrink = options.size / max(x1 - x0, y1 - y0)
+        shrink = (options.size or _SIZE) / max(x1 - x0, y1 - y0)
         if shrink < 1.0:
             size = (round((x1 - x0) * shrink), round((y1 - y0) * shrink))
             crop = np.asarray(cv2.resize(crop, size, interpolation=cv2.INTER_AREA), np.uint8)
-        kp_source = _to_crop(points, rect, crop.shape)
-        return Portrait(frame, rect, crop[None], kp_source, self.motion_of(points))
+        kp_source = _to_crop(measure, rect, crop.shape)
+        return MeshPortrait(frame, self.motion_of_measure(measure), rect, crop[None], kp_source)
 
-    def motion_of(self, points: F32) -> Motion:
-        """Motion of mesh points ``[478, 3]`` in frame pixels."""
+    def read(self, rgb: U8, points: F32, options: AnimateOptions) -> Motion:
+        """Motion of mesh points ``[478, 3]`` in frame pixels; pixels are not needed."""
         return motion_from_points(points, self.canonical)
+
+    def motion(self, rgb: U8, reading: Motion, box: F32 | None, options: AnimateOptions) -> Motion:
+        """What was read."""
+        return reading
 
     def picture_neutral(self, motion: Motion) -> Motion:
         """What "no motion" means for a driver that is a single picture: the same face, frontal and without expression."""
-        basis = self._basis
+        basis = np.asarray(self.canonical.basis, np.float64)
         own = np.asarray(motion.expression, np.float64)
         expression = np.tensordot(np.tensordot(basis, own, axes=([1, 2], [0, 1])), basis, axes=(0, 0))
-        rest = self.motion_of(np.asarray(self.canonical.points, np.float32))
+        rest = motion_from_points(self.canonical.points, self.canonical)
         return Motion(
             rotation=np.eye(3, dtype=np.float32),
             translation=motion.translation,
@@ -137,24 +183,44 @@ class MeshFamily:
             lip_ratio=rest.lip_ratio,
         )
 
-    def keypoints(self, portrait: Portrait, driving: Motion, neutral: Motion, options: AnimateOptions) -> F32:
-        """Driving keypoints ``[478, 3]`` in crop pixels for one frame of motion."""
-        motion = compose(
-            portrait.motion,
-            driving,
-            neutral,
-            self._points,
-            options,
-            basis=self._basis,
-        )
-        return _to_crop(points_from_motion(motion, self.canonical), portrait.rect, portrait.image.shape[1:])
+    def load_template(self, path: str | Path) -> MotionTemplate:
+        """A template as mesh motion; LivePortrait's are converted."""
+        return load_template(path, self.canonical, family=self.name, template_map=self._template_map)
 
-    def render(self, portrait: Portrait, kp_driving: Sequence[F32]) -> U8:
-        """Animated crops uint8 ``[N, h, w, 3]`` for N sets of driving keypoints."""
-        kp = np.stack(list(kp_driving)).astype(np.float32)
+    def follower(self, options: AnimateOptions, kind: DriverKind, *, source_clip: bool) -> MeshFollower:
+        """A follower; refuses what only the networks of LivePortrait can do."""
+        if changed := _foreign(options):
+            raise ConfigError(
+                f"{', '.join(changed)} set for the family mesh",
+                "expected these only with the family liveportrait",
+                "leave them out, or give a bundle of that family (--bundle)",
+            )
+        return MeshFollower(self.canonical, options)
+
+    def render(self, portrait: MeshPortrait, kp_source: Sequence[F32], kp_driving: Sequence[F32]) -> U8:
+        """Animated crops uint8 ``[N, h, w, 3]`` for N sets of keypoints."""
         feeds: dict[str, Array] = {
             names.SOURCE_IMAGE: portrait.image,
-            names.KP_SOURCE: np.repeat(portrait.kp_source[None], len(kp), axis=0),
-            names.KP_DRIVING: kp,
+            names.KP_SOURCE: np.stack(list(kp_source)).astype(np.float32),
+            names.KP_DRIVING: np.stack(list(kp_driving)).astype(np.float32),
         }
         return to_host(self._warp.infer(feeds, [names.IMAGE])[names.IMAGE])
+
+    def paste(self, portrait: MeshPortrait, crop: U8, out: U8 | None) -> U8:
+        """The crop in its rectangle."""
+        return paste_back(portrait.frame, crop, portrait.rect, out=out)
+
+    def crop_size(self, options: AnimateOptions) -> int:
+        """The size asked for, else 640."""
+        return options.size or _SIZE
+
+    def crop_only(self, portrait: MeshPortrait, crop: U8 | None, options: AnimateOptions) -> U8:
+        """The crop's rectangle made square by repeating its border, at :meth:`crop_size`."""
+        image = portrait.image[0] if crop is None else crop
+        height, width = image.shape[:2]
+        side = max(height, width)
+        top, left = (side - height) // 2, (side - width) // 2
+        square = cv2.copyMakeBorder(
+            image, top, side - height - top, left, side - width - left, cv2.BORDER_REPLICATE
+        )
+        return resize_crop(np.asarray(square, np.uint8), self.crop_size(options))

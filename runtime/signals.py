@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from lp_edge.errors import MediaError, NoFaceError
 from lp_edge.runtime.animator import Animator
+from lp_edge.runtime.face_motion import motion_from_points
 from lp_edge.runtime.media_read import VideoReader, probe, resample, sniff_kind
 from lp_edge.runtime.motion import Motion
 from lp_edge.runtime.templates import MotionTemplate, load_template
@@ -71,7 +72,9 @@ def signals_of_clip(
             if face is None or not face.visible:
                 rows.append(lost)
             else:
-                rows.append(signals_of_motion(Motion.stack([animator.family.motion_of(face.points)]))[0])
+                rows.append(
+                    signals_of_motion(Motion.stack([motion_from_points(face.points, animator.canonical)]))[0]
+                )
     table = np.array(rows).reshape(-1, len(SIGNALS))
     if np.isnan(table).all():
         raise NoFaceError(

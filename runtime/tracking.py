@@ -22,10 +22,20 @@ from lp_edge.runtime.faces import (
     crop_from_points,
     iou_matrix,
     locate_faces,
+    no_face_error,
     non_maximum_suppression,
+    select_faces,
 )
 
-__all__ = ["FaceTracker", "MeshSmoother", "OneEuroConfig", "OneEuroFilter", "SmoothConfig", "TrackerConfig"]
+__all__ = [
+    "FaceFinder",
+    "FaceTracker",
+    "MeshSmoother",
+    "OneEuroConfig",
+    "OneEuroFilter",
+    "SmoothConfig",
+    "TrackerConfig",
+]
 
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
@@ -451,6 +461,29 @@ class FaceTracker:
 
 def _size(points: F32) -> float:
     return float(np.ptp(points[:, :2], axis=0).max())
+
+
+@dataclass(frozen=True)
+class FaceFinder:
+    """Detector and mesh network together: faces of pictures, trackers for streams."""
+
+    detector: FaceDetector
+    mesh: FaceMeshNet
+
+    def tracker(self, *, smooth: bool, max_faces: int = 1) -> FaceTracker:
+        """A tracker of its own for one stream."""
+        return FaceTracker(self.detector, self.mesh, TrackerConfig(smooth=smooth, max_faces=max_faces))
+
+    def find(self, rgb: U8, which: str = "largest") -> list[Face]:
+        """Faces of one picture uint8 ``[H, W, 3]`` that the policy ``which`` selects (:func:`~lp_edge.runtime.faces.select_faces`).
+
+        Raises:
+            NoFaceError: there is no face, or none with that index.
+        """
+        faces = locate_faces(rgb, self.detector, self.mesh, stages=None)
+        if not faces:
+            raise no_face_error(rgb)
+        return select_faces(faces, which)
 
 
 _LINGER = 12

@@ -57,3 +57,37 @@ def toy_bundle(_toy_bundle_once: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "toy_bundle"
     shutil.copytree(_toy_bundle_once, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def _liveportrait_bundle_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("toys") / "liveportrait"
+    with BundleWriter(
+        folder,
+        family="liveportrait",
+        variant="toy",
+        licence="Apache-2.0",
+        created_by="lp-edge tests",
+        keypoints=21,
+        normalisation="none",
+        sizes={"crop": 512, "input": 256},
+    ) as writer:
+        for name in ("face_detector", "face_mesh"):
+            writer.add_network(name, TOYS / f"{name}.onnx", precision="fp32", opset=17)
+        for graph in sorted((TOYS / "liveportrait").glob("*.onnx")):
+            writer.add_network(graph.stem, graph, precision="fp32", opset=17)
+        for table, path in (
+            ("canonical", TOYS / "canonical.npz"),
+            ("liveportrait_map", TOYS / "liveportrait" / "liveportrait_map.npz"),
+        ):
+            with np.load(path, allow_pickle=False) as arrays:
+                writer.add_table(table, dict(arrays))
+    return folder
+
+
+@pytest.fixture
+def liveportrait_bundle(_liveportrait_bundle_once: Path, tmp_path: Path) -> Path:
+    """Folder of a toy bundle of the family liveportrait (tests/toys/make_liveportrait_toys.py); a copy for every test."""
+    folder = tmp_path / "liveportrait_bundle"
+    shutil.copytree(_liveportrait_bundle_once, folder)
+    return folder

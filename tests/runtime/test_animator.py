@@ -17,7 +17,10 @@ import pytest
 from lp_edge.engines.backends import BackendConfig
 from lp_edge.errors import ConfigError, MediaError, NoFaceError
 from lp_edge.runtime.animator import Animator
+from lp_edge.runtime.edit import Edits
+from lp_edge.runtime.face_motion import motion_from_points
 from lp_edge.runtime.image import write_image
+from lp_edge.runtime.liveportrait_options import LivePortraitOptions
 from lp_edge.runtime.media_write import open_writer
 from lp_edge.runtime.options import AnimateOptions
 from lp_edge.runtime.templates import MotionTemplate
@@ -148,7 +151,7 @@ def test_a_built_in_template_drives(animator: Animator) -> None:
 
 
 def test_a_template_object_drives(animator: Animator) -> None:
-    still = animator.family.motion_of(animator.canonical.points * 100)
+    still = motion_from_points(animator.canonical.points * 100, animator.canonical)
     from lp_edge.runtime.motion import Motion
 
     template = MotionTemplate(fps=Fraction(10), family="mesh", motion=Motion.stack([still] * 3))
@@ -199,14 +202,14 @@ def two_faces() -> np.ndarray:
 
 @pytest.mark.parametrize(("face", "centres"), [("all", [80, 380]), ("0", [80]), ("1", [380])])
 def test_faces_are_chosen_from_left_to_right(animator: Animator, face: str, centres: list[int]) -> None:
-    portraits = animator.prepare_source(two_faces(), AnimateOptions(face=face))
+    portraits = animator.prepare_source(two_faces(), AnimateOptions(faces=face))
     found = [round(float(p.kp_source[:468, 0].mean() + p.rect[0]), -1) for p in portraits]
     assert found == centres
 
 
 def test_an_index_beyond_the_faces_is_an_error(animator: Animator) -> None:
     with pytest.raises(NoFaceError, match="2 found"):
-        animator.prepare_source(two_faces(), AnimateOptions(face="2"))
+        animator.prepare_source(two_faces(), AnimateOptions(faces="2"))
 
 
 def test_a_missing_driver_is_an_error_at_once(animator: Animator, tmp_path: Path) -> None:
@@ -238,3 +241,111 @@ def test_closing_twice_is_harmless(toy_bundle: Path) -> None:
     animator = Animator(toy_bundle)
     animator.close()
     animator.close()
+
+
+# -- several faces and drivers ------------------------------------------------------------------------
+
+
+def left_and_right(rgb: np.ndarray) -> tuple[int, int]:
+    """How far the toy warp has painted the background beside each of the two faces red."""
+    return int(rgb[70, 30, 0]), int(rgb[70, 450, 0])
+
+
+def test_every_face_has_its_own_driver(animator: Animator, tmp_path: Path) -> None:
+    moves = clip(tmp_path / "moves.mkv", moving(6, step=3))
+    rests = clip(tmp_path / "rests.mkv", [frame()] * 6)
+    options = AnimateOptions(faces="left-right", smooth=False)
+    both = list(animator.animate(two_faces(), moves, options))[-1]
+    left = list(animator.animate(two_faces(), [moves, rests], options))[-1]
+    right = list(animator.animate(two_faces(), [rests, moves], options))[-1]
+    swapped = list(animator.animate(two_faces(), [moves, rests], AnimateOptions(faces="1,0", smooth=False)))[
+        -1
+    ]
+    shows = [tuple(bool(x) for x in left_and_right(f.rgb)) for f in (both, left, right, swapped)]
+    assert shows == [(True, True), (True, False), (False, True), (False, True)]
+    assert left_and_right(left.rgb)[0] == left_and_right(both.rgb)[0]
+
+
+def test_more_drivers_than_faces_are_refused(animator: Animator, tmp_path: Path) -> None:
+    driver = clip(tmp_path / "d.mkv", moving(3))
+    with pytest.raises(ConfigError, match="2 drivers for 1 face"):
+        animator.animate(frame(), [driver, driver], AnimateOptions(faces="left-right"))
+    source = clip(tmp_path / "s.mkv", [frame()] * 3)
+    with pytest.raises(ConfigError, match="2 drivers for 1 face"):
+        list(animator.animate(source, [driver, driver], AnimateOptions(faces="left-right")))
+
+
+def test_two_drivers_of_different_rate_and_length(animator: Animator, tmp_path: Path) -> None:
+    slow = clip(tmp_path / "slow.mkv", moving(4, step=4), Fraction(10))
+    fast = clip(tmp_path / "fast.mkv", moving(20), Fraction(20))
+    options = AnimateOptions(faces="left-right", smooth=False)
+    short = animator.animate(two_faces(), [fast, slow], options)
+    assert (short.fps, len(list(short))) == (20, 8)  # 0.4 s at 20 frames a second
+    long = AnimateOptions(faces="left-right", smooth=False, length="driving")
+    assert len(list(animator.animate(two_faces(), [fast, slow], long))) == 20
+    assert len(list(animator.animate(two_faces(), [slow, fast], long))) == 4
+
+
+def test_a_face_of_a_clip_keeps_its_driver_when_the_other_leaves(animator: Animator, tmp_path: Path) -> None:
+    gone = np.concatenate([np.zeros((200, 250, 3), np.uint8), two_faces()[:, 250:]], axis=1)
+    source = clip(tmp_path / "s.mkv", [two_faces()] * 3 + [gone] * 3)
+    moves = clip(tmp_path / "moves.mkv", moving(6, step=3))
+    rests = clip(tmp_path / "rests.mkv", [frame()] * 6)
+    options = AnimateOptions(faces="left-right", smooth=False)
+    frames = list(animator.animate(source, [rests, moves], options))
+    assert left_and_right(frames[-1].rgb)[1] > 10
+    assert (frames[-1].rgb[:, :200] == frames[-1].source[:, :200]).all()
+
+
+def test_a_recorded_driver_drives_without_being_read_again(
+    animator: Animator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = clip(tmp_path / "d.mkv", moving(6, step=2))
+    options = AnimateOptions(smooth=False)
+    direct = [f.rgb for f in animator.animate(frame(), path, options)]
+    recorded = animator.open_driver(path, options).recorded()
+    seen = animator.open_driver(path, options).recorded(pixels=True)
+    monkeypatch.setattr("lp_edge.runtime.tracking.FaceTracker.update", None)
+    for driver, pictures in ((recorded, False), (recorded, False), (seen, True)):
+        frames = list(animator.animate(frame(), driver, options))
+        assert all((f.rgb == want).all() for f, want in zip(frames, direct, strict=True))
+        assert all((f.driver.rgb is not None) is pictures for f in frames)
+
+
+# -- edits and crops ----------------------------------------------------------------------------------
+
+
+def test_edits_alone_change_a_picture(animator: Animator) -> None:
+    still = animator.animate(frame(), None)
+    assert still.still
+    assert [(f.rgb == frame()).all() for f in still] == [True]
+    turned = list(animator.animate(frame(), None, AnimateOptions(edits=Edits(move_x=0.19))))
+    assert len(turned) == 1
+    assert (turned[0].rgb != frame()).any()
+
+
+def test_edits_of_a_clip_last_as_long_as_it_does(animator: Animator, tmp_path: Path) -> None:
+    source = clip(tmp_path / "s.mkv", [frame(100 + i) for i in range(7)])
+    for length in ("shortest", "source", "driving"):
+        options = AnimateOptions(edits=Edits(move_x=0.19), length=length, smooth=False)
+        frames = list(animator.animate(source, None, options))
+        assert len(frames) == 7
+        assert all((f.rgb != f.source).any() for f in frames)
+
+
+def test_the_crop_alone_is_square_and_of_the_size_asked_for(animator: Animator, tmp_path: Path) -> None:
+    driver = clip(tmp_path / "d.mkv", [frame(None), *moving(3, step=4)])
+    for source in (frame(), clip(tmp_path / "s.mkv", [frame()] * 4)):
+        animation = animator.animate(source, driver, AnimateOptions(paste_back=False, size=256))
+        assert animation.size == (256, 256)
+        frames = list(animation)
+        assert {f.rgb.shape for f in frames} == {(256, 256, 3)}
+        assert (frames[-1].rgb != frames[0].rgb).any()
+    with pytest.raises(ConfigError, match="several faces"):
+        animator.animate(frame(), driver, AnimateOptions(paste_back=False, faces="all"))
+
+
+def test_options_of_the_other_family_are_refused(animator: Animator) -> None:
+    options = AnimateOptions(liveportrait=LivePortraitOptions(stitching=False), driving_crop="on")
+    with pytest.raises(ConfigError, match="driving_crop, stitching set for the family mesh"):
+        animator.animate(frame(), "nod", options)

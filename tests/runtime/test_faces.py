@@ -381,7 +381,7 @@ def test_policies() -> None:
     with pytest.raises(NoFaceError, match="0 to 2"):
         select_faces(faces, "3")
     for unknown in ("smallest", "-1", "1.5", ""):
-        with pytest.raises(ConfigError, match="largest, all or an index"):
+        with pytest.raises(ConfigError, match="largest, all, left-right"):
             select_faces(faces, unknown)
 
 

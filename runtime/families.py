@@ -1,0 +1,59 @@
+"""The families by name: which adapter runs a bundle."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from lp_edge.engines import names
+from lp_edge.engines.backends import BackendConfig
+from lp_edge.engines.bundle import Bundle
+from lp_edge.errors import ConfigError
+from lp_edge.runtime.face_motion import Canonical
+from lp_edge.runtime.family import Family
+from lp_edge.runtime.mesh_family import MeshFamily
+
+__all__ = ["FAMILIES", "open_family"]
+
+FAMILIES = ("mesh", "liveportrait")
+"""Families that this version animates."""
+
+
+def open_family(
+    bundle: Bundle, config: BackendConfig, stack: ExitStack, face_models: Path | None = None
+) -> Family[Any]:
+    """The adapter of a bundle's family, with its networks open.
+
+    Args:
+        bundle: an open bundle.
+        config: where its networks run.
+        stack: closes them.
+        face_models: folder with ``landmark.onnx`` (and InsightFace's models) for the crops of the liveportrait family.
+
+    Raises:
+        ConfigError: the family is unknown, or has no use for ``face_models``.
+        BundleError, BackendUnavailable, EngineError: a network cannot be opened.
+    """
+    family = bundle.manifest.family
+    if family == "liveportrait":
+        # Only the adapter that is needed is imported.
+        from lp_edge.runtime.liveportrait_family import open_liveportrait
+
+        return open_liveportrait(bundle, config, stack, face_models)
+    if family != MeshFamily.name:
+        raise ConfigError(
+            f"the bundle holds the family {family!r}",
+            f"this version animates {' and '.join(FAMILIES)}",
+            "use the built-in bundle, or export one with lp-export",
+        )
+    if face_models is not None:
+        raise ConfigError(
+            f"face models {face_models} with the family mesh",
+            "expected them with the family liveportrait only",
+            "leave them out: the mesh family uses its own face networks",
+        )
+    warp = stack.enter_context(bundle.runner(names.WARP_DECODE, config))
+    tables = bundle.manifest.files
+    template_map = bundle.load_table("liveportrait_map") if "liveportrait_map" in tables else None
+    return MeshFamily(warp, Canonical.from_table(bundle.load_table("canonical")), template_map)
