@@ -468,7 +468,9 @@ class Animator:
             for when, rgb in frames:
                 with watch("source"):
                     faces = slots.assign(tracker.update(rgb, float(when)))
-                    measures = [(slot, self.family.measure(rgb, f.points, options)) for slot, f in faces]
+                    measures = [
+                        (slot, self.family.measure(rgb, f.points, options, clip=True)) for slot, f in faces
+                    ]
                 yield when, rgb, measures
 
     def _sources(

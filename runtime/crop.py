@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lp_edge.errors import ConfigError, NoFaceError, TensorError
-from lp_edge.runtime.faces import _check_frame
+from lp_edge.runtime.faces import check_frame
 
 __all__ = [
     "CROP_SIZE",
@@ -211,7 +211,7 @@ def cut(frame: U8, to_crop: F64, *, size: int = CROP_SIZE) -> Crop:
     Raises:
         TensorError: ``frame`` is no such array.
     """
-    _check_frame(frame)
+    check_frame(frame)
     image = cv2.warpAffine(frame, to_crop[:2], (size, size), flags=cv2.INTER_LINEAR)
     return Crop(np.asarray(image, np.uint8), to_crop, np.asarray(np.linalg.inv(to_crop), np.float64))
 

@@ -33,6 +33,7 @@ __all__ = [
     "FaceMeshNet",
     "FaceState",
     "box_of_points",
+    "check_frame",
     "confirm_faces",
     "crop_from_box",
     "crop_from_points",
@@ -352,7 +353,7 @@ def crop_from_box(face: FaceBox, size: int, factor: float = CROP_FACTOR) -> Crop
 # --- detection -------------------------------------------------------------------------------------------------------
 
 
-def _check_frame(rgb: U8) -> None:
+def check_frame(rgb: U8) -> None:
     if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or 0 in rgb.shape:
         raise TensorError(
             f"a frame of dtype {rgb.dtype} and shape {rgb.shape}",
@@ -436,7 +437,7 @@ class FaceDetector:
             TensorError: ``rgb`` is no such array.
             EngineError: the network failed.
         """
-        _check_frame(rgb)
+        check_frame(rgb)
         height, width = rgb.shape[:2]
         longer, config = max(height, width), self.config
         target = min(max(longer, config.enlarged), config.longest)
@@ -631,7 +632,7 @@ class FaceMeshNet:
             TensorError: ``rgb`` is no frame, or a crop has the wrong size.
             EngineError: the network failed or gave no finite numbers.
         """
-        _check_frame(rgb)
+        check_frame(rgb)
         for transform in transforms:
             if transform.size != self.size:
                 raise TensorError(

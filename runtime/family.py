@@ -52,9 +52,7 @@ P = TypeVar("P", bound=Portrait)
 class Follower(ABC, Generic[P]):
     """Turns a driver's motion into keypoints for ONE face of the source, frame after frame and in order."""
 
-    def plan(  # noqa: B027 - most need none
-        self, sources: Sequence[Motion], driving: Sequence[Motion], neutral: Motion
-    ) -> None:
+    def plan(self, sources: Sequence[Motion], driving: Sequence[Motion], neutral: Motion) -> None:
         """Look at the whole of a source clip's and a driver's motion before the first frame, where a family wants to."""
 
     @abstractmethod
@@ -86,12 +84,14 @@ class Family(ABC, Generic[P]):
     # -- sources ---------------------------------------------------------------------------------------
 
     @abstractmethod
-    def measure(self, frame: U8, points: F32, options: AnimateOptions) -> Any:
+    def measure(self, frame: U8, points: F32, options: AnimateOptions, *, clip: bool) -> Any:
         """What is known of a source face without its pixels; small, so that a whole clip's may be kept.
 
         Args:
             frame: uint8 ``[H, W, 3]``.
             points: float32 ``[478, 3]``, mesh in frame pixels.
+            options: how crops are cut.
+            clip: the frame belongs to a clip.
         """
 
     @abstractmethod
@@ -103,8 +103,8 @@ class Family(ABC, Generic[P]):
         """A measured face made ready to render."""
 
     def prepare(self, frame: U8, points: F32, options: AnimateOptions) -> P:
-        """:meth:`measure` and :meth:`portrait` in one."""
-        return self.portrait(frame, self.measure(frame, points, options), options)
+        """:meth:`measure` and :meth:`portrait` of a picture's face."""
+        return self.portrait(frame, self.measure(frame, points, options, clip=False), options)
 
     def measures_whole_clip(self, kind: DriverKind) -> bool:
         """Whether a source clip is measured as a whole before its first frame is drawn (its decoding is repeated)."""

@@ -52,7 +52,7 @@ NUM_LANDMARKS = 203
 
 
 class LandmarkSource(Protocol):
-    """Gives the 203 landmarks of a face whose mesh is known."""
+    """Gives the landmarks of a face whose mesh is known."""
 
     def landmarks(self, rgb: U8, points: F32) -> F32:
         """Landmarks of one face.
@@ -63,6 +63,19 @@ class LandmarkSource(Protocol):
 
         Returns:
             float32 ``[203, 2]`` frame px.
+        """
+
+    def picture_points(self, rgb: U8, points: F32) -> F32:
+        """What a source PICTURE is cropped by; clips and drivers go by :meth:`landmarks`.
+
+        The reference cuts pictures by InsightFace's 106 points, which stand for a slightly smaller face than its 203.
+
+        Args:
+            rgb: uint8 ``[H, W, 3]``, the picture.
+            points: float32 ``[478, >= 2]`` px, the face's mesh in it.
+
+        Returns:
+            float32 ``[106 or 203, 2]`` px, for :func:`lp_edge.runtime.crop.source_matrix`.
         """
 
 
@@ -213,4 +226,8 @@ class MeshLandmarks:
 
     def landmarks(self, rgb: U8, points: F32) -> F32:
         """Landmarks float32 ``[203, 2]`` of the face with these mesh points; the frame's pixels do not count."""
+        return mesh_to_203(points)
+
+    def picture_points(self, rgb: U8, points: F32) -> F32:
+        """The same as :meth:`landmarks`."""
         return mesh_to_203(points)

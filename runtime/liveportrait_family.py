@@ -153,10 +153,11 @@ class LivePortraitFamily(Family[LivePortraitPortrait]):
 
     # -- sources ---------------------------------------------------------------------------------------
 
-    def measure(self, frame: U8, points: F32, options: AnimateOptions) -> Measure:
+    def measure(self, frame: U8, points: F32, options: AnimateOptions, *, clip: bool) -> Measure:
         """Crop, keypoints, pose, expression, eye and lip ratios of a source face (M runs once)."""
         landmarks = self._landmarks.landmarks(frame, points)
-        to_crop = source_matrix(landmarks, options.crop)
+        outline = landmarks if clip else self._landmarks.picture_points(frame, points)
+        to_crop = source_matrix(outline, options.crop)
         motion, kp = self._extract(cut(frame, to_crop).network_input())
         return Measure(to_crop, LivePortraitSource(_with_ratios(motion, landmarks), kp))
 

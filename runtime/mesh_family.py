@@ -139,7 +139,7 @@ class MeshFamily(Family[MeshPortrait]):
         self._warp, self.backend = warp, warp.backend
         self.canonical, self._template_map = canonical, template_map
 
-    def measure(self, frame: U8, points: F32, options: AnimateOptions) -> F32:
+    def measure(self, frame: U8, points: F32, options: AnimateOptions, *, clip: bool) -> F32:
         """The mesh itself."""
         return points
 
