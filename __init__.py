@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from lp_edge.runtime.gestures import builtin_template
     from lp_edge.runtime.job import Progress, RunConfig, RunResult, animate, run_job
     from lp_edge.runtime.keyframes import Keyframes, load_keyframes
+    from lp_edge.runtime.live import LiveAnimation
     from lp_edge.runtime.liveportrait_options import LivePortraitOptions
     from lp_edge.runtime.motion import Motion
     from lp_edge.runtime.options import AnimateOptions
@@ -69,6 +70,7 @@ __all__ = [
     "Face",
     "Interrupted",
     "Keyframes",
+    "LiveAnimation",
     "LivePortraitOptions",
     "LpEdgeError",
     "MediaError",
@@ -106,6 +108,7 @@ _HOMES = {
     "lp_edge.runtime.gestures": ("builtin_template",),
     "lp_edge.runtime.job": ("Progress", "RunConfig", "RunResult", "animate", "run_job"),
     "lp_edge.runtime.keyframes": ("Keyframes", "load_keyframes"),
+    "lp_edge.runtime.live": ("LiveAnimation",),
     "lp_edge.runtime.liveportrait_options": ("LivePortraitOptions",),
     "lp_edge.runtime.motion": ("Motion",),
     "lp_edge.runtime.options": ("AnimateOptions",),

@@ -349,3 +349,21 @@ def test_options_of_the_other_family_are_refused(animator: Animator) -> None:
     options = AnimateOptions(liveportrait=LivePortraitOptions(stitching=False), driving_crop="on")
     with pytest.raises(ConfigError, match="driving_crop, stitching set for the family mesh"):
         animator.animate(frame(), "nod", options)
+
+
+# -- step by step -------------------------------------------------------------------------------------
+
+
+def test_a_live_driver_gives_what_a_clip_gives(animator: Animator) -> None:
+    frames = [frame(None), *moving(5, step=3), frame(None)]
+    live = animator.live(frame(), AnimateOptions(smooth=False))
+    shown = [live.step(rgb, i / 25) for i, rgb in enumerate(frames)]
+    assert [s.driver.state for s in shown] == ["none", *["tracked"] * 5, "lost"]
+    assert (shown[0].rgb == frame()).all()
+    assert (shown[6].rgb == shown[5].rgb).all()
+    assert int(shown[5].rgb[70, 50, 0]) >= 8
+    motions = [s.driver.motion for s in shown[1:6]]
+    again = animator.live(frame())
+    for i, motion in enumerate(motions):
+        assert motion is not None
+        assert (again.step_motion(motion, i / 25).rgb == shown[i + 1].rgb).all()

@@ -228,3 +228,15 @@ def test_crop_options_decide_where_the_crop_lies(animator: Animator) -> None:
 def test_a_template_of_the_mesh_family_is_refused(animator: Animator) -> None:
     with pytest.raises(ConfigError, match="family mesh"):
         animator.animate(frame(), template([(0, 0)] * 2, "mesh"))
+
+
+def test_a_live_driver_is_cropped_around_its_face(animator: Animator) -> None:
+    """The crop settles on the mean of the first boxes; the toy M reads t as the centre of brightness in it."""
+    live = animator.live(frame(), AnimateOptions(liveportrait=RAW, smooth=False))
+    ts = []
+    for i in range(4):
+        motion = live.step(frame(200 + 4 * i, size=(400, 200)), i / 25).driver.motion
+        assert motion is not None
+        ts.append(float(motion.translation[0]))
+    assert ts[0] == pytest.approx(0, abs=0.03)
+    assert all(b > a for a, b in itertools.pairwise(ts))
