@@ -1,4 +1,4 @@
-"""A whole run: source and driver in, a finished file out. What ``lp-run`` and :func:`lp_edge.animate` call.
+"""A whole run: source and drivers in, a finished file out. What ``lp-run`` and :func:`lp_edge.animate` call.
 
 ::
 
@@ -6,14 +6,15 @@
                                         └─ motion ─ template (--save-motion)
 
 Frames are written as they are made, under a temporary name; whatever ends a run early (an error, Ctrl-C) removes it.
+Many runs with one set of networks: :mod:`lp_edge.runtime.batch`.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -26,21 +27,25 @@ import numpy.typing as npt
 from lp_edge.engines.backends import BackendConfig
 from lp_edge.errors import ConfigError, Interrupted, MediaError, NoFaceError
 from lp_edge.runtime.animator import AnimatedFrame, Animation, Animator
+from lp_edge.runtime.driver import Driver
 from lp_edge.runtime.image import MAX_SIDE, create_beside
 from lp_edge.runtime.media_read import probe, sniff_kind
 from lp_edge.runtime.media_write import FrameWriter, OutputKind, check_output, open_writer
 from lp_edge.runtime.motion import Motion
 from lp_edge.runtime.options import AnimateOptions
-from lp_edge.runtime.templates import MAX_FRAMES, MotionTemplate, load_template, save_template
+from lp_edge.runtime.stopwatch import Stopwatch
+from lp_edge.runtime.templates import MAX_FRAMES, MotionTemplate, save_template
 
 __all__ = [
     "AUDIO_SOURCES",
+    "DriverInput",
     "Progress",
     "RunConfig",
     "RunResult",
     "StageTime",
     "animate",
     "default_output",
+    "default_stem",
     "demo_picture",
     "percentiles",
     "run_job",
@@ -48,6 +53,9 @@ __all__ = [
 
 U8 = npt.NDArray[np.uint8]
 log = logging.getLogger("lp_edge")
+
+DriverInput = str | Path | MotionTemplate
+"""A driver of a run: clip, picture, template (``.npz``, ``.pkl``), name of a built-in template, or a template."""
 
 AUDIO_SOURCES = ("driving", "source", "none")
 """Where the sound of the result may come from."""
@@ -63,23 +71,26 @@ class RunConfig:
 
     Attributes:
         source: picture or clip to animate.
-        driving: clip, picture, template (``.npz``, ``.pkl``), name of a built-in template, or a template.
+        driving: one driver, or a sequence with one for each face that ``options.faces`` selects, or None to let the edits
+            of ``options`` act alone.
         output: file or folder to write, its suffix chooses the format; None takes :func:`default_output`.
         options: how the motion is applied.
         bundle: folder of a bundle; None = the built-in one.
         backend: where the networks run.
-        audio: whose sound the result carries: ``driving``, ``source`` or ``none``. A template or picture has none.
+        audio: whose sound the result carries: ``driving`` (of the first driver; without one the source's), ``source`` or
+            ``none``. A template or picture has none.
         side_by_side: put driver, source and result beside each other instead of the result alone.
         save_motion: also write the driver's motion, an ``.npz`` that can be a driver later.
         crf: quality of H.264 and VP9, 0 (best) to 51; None = 18 and 30.
         overwrite: replace what is at ``output`` (and ``save_motion``).
+        face_models: folder of the user's own face models, see :class:`lp_edge.runtime.animator.Animator`.
 
     Raises:
         ConfigError: ``audio`` or ``crf`` is out of range.
     """
 
     source: str | Path
-    driving: str | Path | MotionTemplate
+    driving: DriverInput | Sequence[DriverInput] | None = None
     output: str | Path | None = None
     options: AnimateOptions = field(default_factory=AnimateOptions)
     bundle: str | Path | None = None
@@ -89,6 +100,7 @@ class RunConfig:
     save_motion: str | Path | None = None
     crf: int | None = None
     overwrite: bool = True
+    face_models: str | Path | None = None
 
     def __post_init__(self) -> None:
         if self.audio not in AUDIO_SOURCES:
@@ -99,6 +111,17 @@ class RunConfig:
             )
         if self.crf is not None and not 0 <= self.crf <= 51:
             raise ConfigError(f"crf is {self.crf}", "expected 0 (best) to 51", "use the default")
+
+    @property
+    def drivers(self) -> tuple[DriverInput, ...]:
+        """All drivers, in order; empty where edits act alone."""
+        return _drivers(self.driving)
+
+
+def _drivers(driving: DriverInput | Sequence[DriverInput] | None) -> tuple[DriverInput, ...]:
+    if driving is None:
+        return ()
+    return (driving,) if isinstance(driving, (str, Path, MotionTemplate)) else tuple(driving)
 
 
 @dataclass(frozen=True)
@@ -151,7 +174,8 @@ class RunResult:
         frame_rate: frames a second of the result, exact.
         seconds: wall time of the whole run, networks' loading included.
         fps: frames a second from the first frame asked for to the finished file.
-        faces: frames by the state of the driver's face: ``tracked``, ``reacquired``, ``lost``, ``none``, ``template``.
+        faces: frames by the state of the driver's face: ``tracked``, ``reacquired``, ``lost``, ``none``, ``template``,
+            ``edit``.
         stages: time per stage; stages run at the same time, so they do not add up to ``seconds``.
         backend: backend that ran the networks.
         warnings: what the user should know.
@@ -192,56 +216,83 @@ def demo_picture() -> Path:
     return Path(__file__).resolve().parent / "data" / "demo.jpg"
 
 
-def default_output(source: str | Path, driving: str | Path | MotionTemplate) -> Path:
-    """``<source>--<driving>.mp4`` in the current folder; ``.png`` for a picture that a picture drives.
+def default_output(
+    source: str | Path,
+    driving: DriverInput | Sequence[DriverInput] | None,
+    options: AnimateOptions | None = None,
+) -> Path:
+    """``<source>--<driving>.mp4`` in the current folder; ``.png`` where picture, driver and edits make one picture.
 
     Raises:
         MediaError: an input does not exist or is neither picture, clip nor template.
     """
-    still = sniff_kind(source) == "image" and _kind(driving) == "image"
-    name = "template" if isinstance(driving, MotionTemplate) else Path(driving).stem
-    return Path(f"{Path(source).stem}--{name}{'.png' if still else '.mp4'}")
+    drivers = _drivers(driving)
+    still = sniff_kind(source) == "image" and all(_kind(d) == "image" for d in drivers)
+    if not drivers and options is not None and options.keyframes is not None:
+        still = False
+    return Path(default_stem(source, driving) + (".png" if still else ".mp4"))
 
 
-def run_job(config: RunConfig, progress: Callable[[Progress], None] | None = None) -> RunResult:
+def default_stem(source: str | Path, driving: DriverInput | Sequence[DriverInput] | None) -> str:
+    """The name of :func:`default_output` without its suffix, whatever the inputs hold."""
+    parts = ["template" if isinstance(d, MotionTemplate) else Path(d).stem for d in _drivers(driving)]
+    return f"{Path(source).stem}--{'+'.join(parts) or 'edit'}"
+
+
+def run_job(
+    config: RunConfig,
+    progress: Callable[[Progress], None] | None = None,
+    *,
+    animator: Animator | None = None,
+    drivers: Sequence[Driver] | None = None,
+) -> RunResult:
     """Animate and write the result.
 
     Args:
         config: the run.
         progress: called after every frame, in this thread.
+        animator: networks to use instead of opening those of ``config.bundle``; left open.
+        drivers: ``config.drivers`` already opened by that animator, in the same order.
 
     Raises:
         LpEdgeError: of the kind that fits; nothing is left behind.
         Interrupted: Ctrl-C; nothing is left behind.
     """
     started = time.perf_counter()
-    output = (
-        Path(config.output) if config.output is not None else default_output(config.source, config.driving)
-    )
     try:
         # Everything that can be told from the command alone is told before a network is loaded.
-        kind = check_output(
-            config.output if config.output is not None else output, overwrite=config.overwrite
+        check_request(config)
+        output = Path(
+            config.output
+            if config.output is not None
+            else default_output(config.source, config.driving, config.options)
         )
+        target = config.output if config.output is not None else output  # a trailing slash means something
+        kind = check_output(target, overwrite=config.overwrite)
         motion_path = _check_motion_path(config)
         _keep_inputs(config, output, motion_path)
-        with Animator(config.bundle, backend=config.backend) as animator:
-            driving = config.driving
-            if not isinstance(driving, MotionTemplate) and _kind(driving) == "template":
-                driving = load_template(driving, animator.canonical)
-            animation = animator.animate(config.source, driving, config.options)
+        with ExitStack() as stack:
+            if animator is None:
+                animator = stack.enter_context(
+                    Animator(config.bundle, backend=config.backend, face_models=config.face_models)
+                )
+            watch = Stopwatch()
+            loaded = [_loaded(d, animator) for d in config.drivers]
+            if drivers is None:
+                wanted: list[DriverInput | None] = [*loaded] or [None]
+                drivers = [animator.open_driver(d, config.options, watch) for d in wanted]
+            animation = animator.animate(config.source, list(drivers), config.options, watch=watch)
             with closing(animation):
                 _check_kind(kind, animation, output)
                 recorder = None
                 if motion_path is not None:
-                    recorder = _Recorder(config, animator, driving, animation, motion_path)
+                    recorder = _Recorder(config, animator, loaded[0], animation, motion_path)
                 first = time.perf_counter()
-                written = _write(config, output, animation, recorder, progress, first)
+                frames, size, warnings = _write(config, target, animation, recorder, progress, first)
                 ended = time.perf_counter()
             backend = animator.backend
     except KeyboardInterrupt as stop:
         raise Interrupted("the run was stopped", "nothing was written", "") from stop
-    frames, size, warnings = written
     counts = dict(animation.counts)
     return RunResult(
         output=output,
@@ -252,7 +303,7 @@ def run_job(config: RunConfig, progress: Callable[[Progress], None] | None = Non
         seconds=round(ended - started, 3),
         fps=round(frames / max(ended - first, 1e-9), 2),
         faces=counts,
-        stages={name: percentiles(list(times)) for name, times in animation.watch.seconds.items() if times},
+        stages={name: percentiles(list(times)) for name, times in watch.seconds.items() if times},
         backend=backend,
         warnings=(*warnings, *_face_warnings(counts)),
     )
@@ -260,7 +311,7 @@ def run_job(config: RunConfig, progress: Callable[[Progress], None] | None = Non
 
 def animate(
     source: str | Path,
-    driving: str | Path | MotionTemplate,
+    driving: DriverInput | Sequence[DriverInput] | None = None,
     output: str | Path | None = None,
     *,
     options: AnimateOptions | None = None,
@@ -269,6 +320,7 @@ def animate(
     audio: Literal["driving", "source", "none"] = "driving",
     side_by_side: bool = False,
     save_motion: str | Path | None = None,
+    face_models: str | Path | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> RunResult:
     """Animate ``source`` with ``driving`` and write the result: :func:`run_job` in one call.
@@ -289,6 +341,7 @@ def animate(
         audio,
         side_by_side,
         save_motion,
+        face_models=face_models,
     )
     return run_job(config, progress)
 
@@ -296,7 +349,33 @@ def animate(
 # -- checks before any work ---------------------------------------------------------------------------
 
 
-def _kind(driving: str | Path | MotionTemplate) -> Literal["image", "video", "template"]:
+def check_request(config: RunConfig) -> None:
+    """Refuse what cannot be done whatever the inputs hold; no file is looked at.
+
+    Raises:
+        ConfigError: nothing to do, or options that exclude each other.
+    """
+    options, drivers = config.options, config.drivers
+    if not drivers and not options.edits and options.keyframes is None:
+        raise ConfigError(
+            "neither a driver nor an edit", "expected at least one of them", "name a driver, or use --edit"
+        )
+    if config.save_motion is not None and len(drivers) != 1:
+        raise ConfigError(
+            f"motion of {len(drivers)} drivers would be saved",
+            "expected one driver",
+            "leave out --save-motion",
+        )
+
+
+def _loaded(driving: DriverInput, animator: Animator) -> DriverInput:
+    """A template as an object, anything else as it is."""
+    if isinstance(driving, MotionTemplate) or _kind(driving) != "template":
+        return driving
+    return animator.family.load_template(driving)
+
+
+def _kind(driving: DriverInput) -> Literal["image", "video", "template"]:
     if isinstance(driving, MotionTemplate) or not Path(driving).exists():
         return "template"  # the name of a built-in one, or load_template says what is wrong
     return sniff_kind(driving)
@@ -320,7 +399,7 @@ def _check_motion_path(config: RunConfig) -> Path | None:
 
 def _keep_inputs(config: RunConfig, output: Path, motion: Path | None) -> None:
     """Refuse to write over an input."""
-    for what in (config.source, config.driving):
+    for what in (config.source, *config.drivers):
         if isinstance(what, MotionTemplate):
             continue
         for target in (output, motion):
@@ -346,15 +425,14 @@ def _check_kind(kind: OutputKind, animation: Animation, output: Path) -> None:
 
 def _write(
     config: RunConfig,
-    output: Path,
+    target: str | Path,
     animation: Animation,
     recorder: _Recorder | None,
     progress: Callable[[Progress], None] | None,
     started: float,
 ) -> tuple[int, tuple[int, int], list[str]]:
     """Write all frames; returns their number, their size and warnings."""
-    sound, warnings = _sound(config, output)
-    target = config.output if config.output is not None else output  # a trailing slash means something
+    sound, warnings = _sound(config, Path(target))
     writer: FrameWriter | None = None
     try:
         for frame in animation:
@@ -398,7 +476,8 @@ def _sound(config: RunConfig, output: Path) -> tuple[Path | None, list[str]]:
     """The clip whose sound goes into the result, and what to say when there is none although it was asked for."""
     if config.audio == "none" or output.suffix.lower() not in _SOUND_SUFFIXES:
         return None, []
-    what = config.source if config.audio == "source" else config.driving
+    # An edit has no sound of its own: what is heard is the source.
+    what = config.source if config.audio == "source" or not config.drivers else config.drivers[0]
     if isinstance(what, MotionTemplate) or _kind(what) != "video" or not probe(what).has_audio:
         if config.audio == "source":
             return None, ["the source has no sound; the result is silent"]
@@ -436,7 +515,7 @@ class _Recorder:
         self,
         config: RunConfig,
         animator: Animator,
-        driving: str | Path | MotionTemplate,
+        driving: DriverInput,
         animation: Animation,
         path: Path,
     ) -> None:

@@ -13,9 +13,12 @@ import pytest
 from lp_edge.engines.backends import BackendConfig
 from lp_edge.errors import ConfigError, Interrupted, MediaError, OutputError
 from lp_edge.runtime import job
+from lp_edge.runtime.animator import Animator
+from lp_edge.runtime.edit import Edits
 from lp_edge.runtime.gestures import builtin_template
 from lp_edge.runtime.image import write_image
 from lp_edge.runtime.job import Progress, RunConfig, default_output, percentiles, run_job
+from lp_edge.runtime.keyframes import Keyframe, Keyframes
 from lp_edge.runtime.media_read import VideoReader, probe
 from lp_edge.runtime.media_write import open_writer
 from lp_edge.runtime.options import AnimateOptions
@@ -109,6 +112,50 @@ def test_the_sources_sound_or_a_note_that_there_is_none(face: Path, toy_bundle: 
     )
     assert not probe(silent.output).has_audio
     assert any("no sound" in w for w in silent.warnings)
+
+
+def test_edits_alone_keep_the_sources_length_and_sound(face: Path, toy_bundle: Path, tmp_path: Path) -> None:
+    source = clip(tmp_path / "s.mp4", [100] * 12, sound=tone(tmp_path / "t.wav", 1.0))
+    options = AnimateOptions(edits=Edits(yaw=20))
+    result = run_job(
+        RunConfig(source, None, tmp_path / "r.mp4", options=options, bundle=toy_bundle, backend=CPU)
+    )
+    assert (result.frames, result.faces, result.warnings) == (12, {"edit": 12}, ())
+    assert probe(result.output).has_audio
+    with VideoReader(source) as before, VideoReader(result.output) as after:
+        changes = [np.abs(a.rgb.astype(int) - b.rgb).max() for a, b in zip(before, after, strict=True)]
+    assert min(changes) > 5
+    picture = run_job(
+        RunConfig(face, None, tmp_path / "r.png", options=options, bundle=toy_bundle, backend=CPU)
+    )
+    assert (picture.frames, picture.faces) == (1, {"edit": 1})
+
+
+def test_one_animator_and_one_reading_serve_several_runs(
+    face: Path, toy_bundle: Path, tmp_path: Path
+) -> None:
+    driver = clip(tmp_path / "d.mkv", [100 + i for i in range(8)])
+    alone = run_job(RunConfig(face, driver, tmp_path / "alone.mkv", bundle=toy_bundle, backend=CPU))
+    with Animator(toy_bundle, backend=CPU) as animator:
+        motion = animator.open_driver(driver).recorded()
+        for name in ("a", "b"):
+            config = RunConfig(face, driver, tmp_path / f"{name}.mkv")
+            result = run_job(config, animator=animator, drivers=[motion])
+            assert result.faces == alone.faces
+            assert "motion" not in result.stages
+            with VideoReader(result.output) as ours, VideoReader(alone.output) as theirs:
+                assert all((a.rgb == b.rgb).all() for a, b in zip(ours, theirs, strict=True))
+
+
+def test_nothing_to_do_is_said(face: Path, toy_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="neither a driver nor an edit"):
+        run_job(RunConfig(face, None, tmp_path / "r.mp4", bundle=toy_bundle, backend=CPU))
+    config = RunConfig(face, ["nod", "blink"], tmp_path / "r.mp4", save_motion=tmp_path / "m.npz")
+    with pytest.raises(ConfigError, match="2 drivers"):
+        run_job(config)
+    with pytest.raises(ConfigError, match="2 drivers for 1 face"):
+        run_job(RunConfig(face, ["nod", "blink"], tmp_path / "r.mp4", bundle=toy_bundle, backend=CPU))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["face.png", "toy_bundle"]
 
 
 def test_progress_counts_every_frame(face: Path, toy_bundle: Path, tmp_path: Path) -> None:
@@ -297,6 +344,12 @@ def test_default_names(face: Path, tmp_path: Path) -> None:
     assert default_output(face, face) == Path("face--face.png")
     assert default_output(face, "nod") == Path("face--nod.mp4")
     assert default_output(face, builtin_template("nod")) == Path("face--template.mp4")
+    assert default_output(face, [driver, "nod"]) == Path("face--d+nod.mp4")
+    assert default_output(face, None) == Path("face--edit.png")
+    assert default_output(driver, None) == Path("d--edit.mp4")
+    keys = AnimateOptions(keyframes=Keyframes((Keyframe(0, {"yaw": 5}),)))
+    assert default_output(face, None, keys) == Path("face--edit.mp4")
+    assert default_output(face, face, keys) == Path("face--face.png")  # as long as its driver: one picture
     with pytest.raises(MediaError, match=r"nobody\.png"):
         default_output(tmp_path / "nobody.png", driver)
 
