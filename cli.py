@@ -17,18 +17,19 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from lp_edge.errors import BackendUnavailable, Interrupted, LpEdgeError
+from lp_edge.errors import BackendUnavailable, ConfigError, Interrupted, LpEdgeError
 
 if TYPE_CHECKING:
     from types import FrameType
 
     from lp_edge.engines.backends import BackendConfig
+    from lp_edge.runtime.batch import BatchProgress, BatchResult
     from lp_edge.runtime.doctor import Report
-    from lp_edge.runtime.job import Progress, RunResult
+    from lp_edge.runtime.job import Progress, RunConfig, RunResult
 
 __all__ = ["bench", "doctor", "export", "run"]
 
@@ -190,6 +191,226 @@ def _backend(backend: str, device: int, threads: int) -> BackendConfig:
 
 # -- lp-run -----------------------------------------------------------------------------------------------
 
+_MOTION_OPTIONS = (
+    click.option(
+        "--region",
+        type=click.Choice(["all", "exp", "pose", "lip", "eyes"]),
+        default="all",
+        show_default=True,
+        help="Part of the motion that is taken over; the rest stays as in the source.",
+    ),
+    click.option(
+        "--multiplier", type=float, default=1.0, show_default=True, help="Strength of the motion, 0 to 3."
+    ),
+    click.option(
+        "--relative/--absolute",
+        default=True,
+        show_default=True,
+        help="Add the driver's change to the source's own pose and expression, or take over the driver's pose and expression as they are.",
+    ),
+    click.option(
+        "--neutral",
+        type=int,
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="The driver's frame that counts as 'no motion' (with --relative).",
+    ),
+    click.option(
+        "--smooth/--no-smooth", default=True, show_default=True, help="Filter the tracked points of clips."
+    ),
+    click.option(
+        "--edit",
+        metavar="NAME=VALUE,…",
+        help="Change the face on top of the motion, or without any driver: smile=0.4,blink=0.2,yaw=10. A wrong name lists all.",
+    ),
+    click.option(
+        "--edit-file",
+        metavar="FILE",
+        help="Edits over time, keyframes in a .json or .csv file, instead of --edit.",
+    ),
+)
+
+_PICTURE_OPTIONS = (
+    click.option(
+        "--faces",
+        default="largest",
+        show_default=True,
+        metavar="WHICH",
+        help="Faces of the source: largest, all (or left-right: from left to right), or indices from left to right: 0 or 2,0. "
+        "Several drivers go to them in this order.",
+    ),
+    click.option(
+        "--size",
+        type=int,
+        default=None,
+        help="Side of the animated crop in pixels, 128 to 2048. mesh: the longer side at most, smaller crops are not "
+        "enlarged. liveportrait: 512 is drawn, 256 or 1024 are resampled from it.  [default: 640, liveportrait 512]",
+    ),
+    click.option(
+        "--paste-back/--no-paste-back",
+        default=True,
+        show_default=True,
+        help="Put the animated crop back into the source, or write the crop alone.",
+    ),
+    click.option(
+        "--length",
+        type=click.Choice(["shortest", "source", "driving"]),
+        default="shortest",
+        show_default=True,
+        help="For a source clip or several drivers: whose length the result has. What is too short holds its last frame.",
+    ),
+    click.option(
+        "--face-timeout",
+        type=float,
+        default=10.0,
+        show_default=True,
+        metavar="SECONDS",
+        help="How late the first face of a clip may appear; until then the source stays still.",
+    ),
+    click.option(
+        "--audio",
+        type=click.Choice(["driving", "source", "none"]),
+        default="driving",
+        show_default=True,
+        help="Whose sound the result carries, if there is any: the first driver's (without a driver the source's), or the source's.",
+    ),
+    click.option(
+        "--crf", type=int, default=None, help="Quality of H.264 and VP9, 0 (best) to 51.  [default: 18, 30]"
+    ),
+    click.option(
+        "--side-by-side",
+        is_flag=True,
+        default=False,
+        help="Show driver, source and result beside each other.",
+    ),
+)
+
+_LIVEPORTRAIT_OPTIONS = (
+    click.option(
+        "--driving-option",
+        type=click.Choice(["expression-friendly", "pose-friendly"]),
+        default="pose-friendly",
+        show_default=True,
+        help="liveportrait: scale a clip's motion by the ratio of both faces' sizes, or take it as it is.",
+    ),
+    click.option(
+        "--stitching/--no-stitching",
+        default=True,
+        show_default=True,
+        help="liveportrait: fit the moved face to the still shoulders.",
+    ),
+    click.option(
+        "--eye-retargeting/--no-eye-retargeting",
+        default=False,
+        help="liveportrait: open the source's eyes as far as the driver's, by the network R_eye.",
+    ),
+    click.option(
+        "--lip-retargeting/--no-lip-retargeting",
+        default=False,
+        help="liveportrait: open the source's lips as far as the driver's, by the network R_lip.",
+    ),
+    click.option(
+        "--normalize-lip/--no-normalize-lip",
+        default=True,
+        show_default=True,
+        help="liveportrait: close an open mouth of the source before a relative motion is added.",
+    ),
+    click.option(
+        "--lip-normalize-threshold",
+        type=float,
+        default=0.03,
+        show_default=True,
+        help="liveportrait: lip ratio from which on a mouth counts as open.",
+    ),
+    click.option(
+        "--source-eye-retargeting/--no-source-eye-retargeting",
+        default=False,
+        help="liveportrait: hold the eyes of a source clip as open as in its first frame.",
+    ),
+    click.option(
+        "--source-eye-threshold",
+        type=float,
+        default=0.18,
+        show_default=True,
+        help="liveportrait: mean eye ratio below which the first frame counts as a blink.",
+    ),
+    click.option(
+        "--smooth-variance",
+        type=float,
+        default=3e-7,
+        show_default=True,
+        help="liveportrait: observation variance of the smoother for source clips; more is smoother.",
+    ),
+    click.option(
+        "--keep-pose-with-retargeting/--no-keep-pose-with-retargeting",
+        default=False,
+        help="liveportrait: keep the relative head motion together with eye or lip retargeting, which the reference drops.",
+    ),
+    click.option(
+        "--crop-scale",
+        type=float,
+        default=2.3,
+        show_default=True,
+        help="liveportrait: side of the source crop over the size of the face.",
+    ),
+    click.option(
+        "--crop-vx",
+        type=float,
+        default=0.0,
+        show_default=True,
+        help="liveportrait: shift of the crop along the face, in sides.",
+    ),
+    click.option(
+        "--crop-vy",
+        type=float,
+        default=-0.125,
+        show_default=True,
+        help="liveportrait: the same, down is > 0.",
+    ),
+    click.option(
+        "--crop-rotate/--no-crop-rotate",
+        default=True,
+        show_default=True,
+        help="liveportrait: turn the source crop with the face.",
+    ),
+    click.option(
+        "--driving-crop",
+        type=click.Choice(["auto", "on", "off"]),
+        default="auto",
+        show_default=True,
+        help="liveportrait: cut drivers around the face; auto = those that are not square.",
+    ),
+    click.option(
+        "--driving-crop-scale",
+        type=float,
+        default=2.2,
+        show_default=True,
+        help="liveportrait: side of the driving crop over the size of the face.",
+    ),
+    click.option(
+        "--driving-crop-vx",
+        type=float,
+        default=0.0,
+        show_default=True,
+        help="liveportrait: shift of the driving crop to the right, in sides.",
+    ),
+    click.option(
+        "--driving-crop-vy",
+        type=float,
+        default=-0.1,
+        show_default=True,
+        help="liveportrait: the same, down is > 0.",
+    ),
+)
+
+
+def _settings(command: Callable[..., Any]) -> Callable[..., Any]:
+    """All options that one run of a batch may have of its own: those of :mod:`lp_edge.runtime.settings`."""
+    for option in reversed((*_MOTION_OPTIONS, *_PICTURE_OPTIONS, *_LIVEPORTRAIT_OPTIONS)):
+        command = option(command)
+    return command
+
 
 @click.command(
     cls=_Guarded,
@@ -202,98 +423,57 @@ Examples:
     lp-run -s portrait.jpg -d driver.mp4 --region lip --side-by-side
     lp-run -s clip.mp4 -d driver.mp4 --length source --audio source
     lp-run -s portrait.jpg -d smiling.jpg -o smile.png
+    lp-run -s portrait.jpg --edit smile=0.4,blink=0.2,yaw=10
+    lp-run -s couple.jpg -d a.mp4 -d b.mp4 --faces left-right
+    lp-run -s a.jpg -s b.jpg -d driver.mp4 -o results    (a batch: also a folder, or --batch jobs.csv)
     lp-run -s portrait.jpg -d driver.mp4 --save-motion driver.npz
     lp-run -s portrait.jpg -d talk --json | jq .fps
 
 """
     + _EXIT_CODES,
 )
-@click.option("-s", "--source", metavar="FILE", help="Picture or clip to animate.")
+@click.option(
+    "-s",
+    "--source",
+    "sources",
+    multiple=True,
+    metavar="FILE|DIR",
+    help="Picture or clip to animate. Several, or a folder of them, make a batch.",
+)
 @click.option(
     "-d",
     "--driving",
+    multiple=True,
     metavar="FILE|NAME",
     help="What moves it: clip, picture, motion template (.npz, LivePortrait .pkl), "
-    "or a built-in template: nod, shake, tilt, look, blink, smile, talk.",
+    "or a built-in template: nod, shake, tilt, look, blink, smile, talk. Several: one for each face of --faces.",
 )
 @click.option(
     "-o",
     "--output",
     metavar="FILE|DIR",
-    help="Result: .mp4, .mov, .mkv, .webm, .gif; .png, .jpg, .webp for a picture driven by a picture; a name "
-    "without suffix is a folder of frames. Default: SOURCE--DRIVING.mp4 (or .png) in this folder.",
+    help="Result: .mp4, .mov, .mkv, .webm, .gif; .png, .jpg, .webp for a single picture; a name "
+    "without suffix is a folder of frames. Default: SOURCE--DRIVING.mp4 (or .png) in this folder. For a batch: the folder of "
+    "the results, this one by default.",
 )
 @click.option(
     "--demo", is_flag=True, help="Use the picture and driver that ship with lp-edge where none is given."
 )
 @click.option(
-    "--region",
-    type=click.Choice(["all", "exp", "pose", "lip", "eyes"]),
-    default="all",
-    show_default=True,
-    help="Part of the motion that is taken over; the rest stays as in the source.",
+    "--batch",
+    metavar="DIR|FILE.csv",
+    help="Many runs: a folder of sources, or a list with the columns source, driving, output and any of the options below by "
+    "its long name. Each driver's motion is read once; a run that fails does not stop the others.",
 )
 @click.option(
-    "--multiplier", type=float, default=1.0, show_default=True, help="Strength of the motion, 0 to 3."
-)
-@click.option(
-    "--relative/--absolute",
+    "--resume/--no-resume",
     default=True,
     show_default=True,
-    help="Add the driver's change to the source's own pose and expression, or take over the driver's pose and expression as they are.",
+    help="In a batch, leave out what an earlier one finished from the same inputs and options, or do it again.",
 )
-@click.option(
-    "--neutral",
-    type=int,
-    default=0,
-    show_default=True,
-    metavar="N",
-    help="The driver's frame that counts as 'no motion' (with --relative).",
-)
-@click.option(
-    "--face",
-    default="largest",
-    show_default=True,
-    metavar="WHICH",
-    help="Face of the source: largest, all, or an index from left to right (0, 1, …).",
-)
-@click.option(
-    "--smooth/--no-smooth", default=True, show_default=True, help="Filter the tracked points of clips."
-)
-@click.option(
-    "--size",
-    type=int,
-    default=640,
-    show_default=True,
-    help="Longest side of the animated crop in pixels, 128 to 2048; smaller crops are not enlarged.",
-)
-@click.option(
-    "--length",
-    type=click.Choice(["shortest", "source", "driving"]),
-    default="shortest",
-    show_default=True,
-    help="For a source clip: whose length the result has. What is too short holds its last frame.",
-)
-@click.option(
-    "--audio",
-    type=click.Choice(["driving", "source", "none"]),
-    default="driving",
-    show_default=True,
-    help="Whose sound the result carries, if there is any.",
-)
-@click.option(
-    "--crf", type=int, default=None, help="Quality of H.264 and VP9, 0 (best) to 51.  [default: 18, 30]"
-)
-@click.option("--side-by-side", is_flag=True, help="Show driver, source and result beside each other.")
+@click.option("--face", hidden=True, default=None, help="Older name of --faces.")
+@_settings
 @click.option("--save-motion", metavar="FILE.npz", help="Also write the driver's motion as a template.")
-@click.option(
-    "--face-timeout",
-    type=float,
-    default=10.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="How late the first face of a clip may appear; until then the source stays still.",
-)
 @click.option(
     "--overwrite/--no-overwrite",
     default=True,
@@ -301,85 +481,201 @@ Examples:
     help="Replace an existing result, or refuse to.",
 )
 @_backend_options
+@click.option(
+    "--face-models",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="liveportrait: your own landmark.onnx, and det_10g.onnx with 2d106det.onnx (InsightFace, non-commercial), for crops exactly "
+    "as LivePortrait cuts them.",
+)
 @_common
 def run(
-    source: str | None,
-    driving: str | None,
+    sources: tuple[str, ...],
+    driving: tuple[str, ...],
     output: str | None,
     demo: bool,
-    region: str,
-    multiplier: float,
-    relative: bool,
-    neutral: int,
-    face: str,
-    smooth: bool,
-    size: int,
-    length: str,
-    audio: Literal["driving", "source", "none"],
-    crf: int | None,
-    side_by_side: bool,
+    batch: str | None,
+    resume: bool,
+    face: str | None,
     save_motion: str | None,
-    face_timeout: float,
     overwrite: bool,
     bundle: Path | None,
     backend: str,
     device: int,
     threads: int,
+    face_models: Path | None,
     as_json: bool,
     quiet: bool,
     verbose: bool,
-) -> None:
+    **settings: Any,
+) -> int:
     """Animate a portrait: SOURCE moves as DRIVING does.
 
     Everything runs on this machine with the networks that ship with lp-edge; nothing is downloaded.
     """
+    edited = settings["edit"] is not None or settings["edit_file"] is not None
+    listed = batch is not None and not Path(batch).is_dir()
     if not demo:
-        for name, value in (("--source", source), ("--driving", driving)):
-            if value is None:
+        for name, missing in (
+            ("--source", not sources and batch is None),
+            ("--driving", not driving and not edited and not listed),
+        ):
+            if missing:
                 raise click.UsageError(
                     f"Missing option '{name}'. To see lp-edge at work without one: lp-run --demo"
                 )
+    if listed and sources:
+        raise click.UsageError(f"--source together with the list {batch}: put all sources into the list")
+    if face is not None:
+        if settings["faces"] != "largest":
+            raise click.UsageError("--face is the older name of --faces: give one of them")
+        settings["faces"] = face
 
     from lp_edge.runtime.job import RunConfig, demo_picture, run_job
-    from lp_edge.runtime.options import AnimateOptions
+    from lp_edge.runtime.settings import read_setting, with_settings
 
-    options = AnimateOptions(
-        relative=relative,
-        region=region,
-        multiplier=multiplier,
-        neutral=neutral,
-        smooth=smooth,
-        face=face,
-        size=size,
-        length=length,
-        face_timeout=face_timeout,
-    )
+    values = {name.replace("_", "-"): value for name, value in settings.items()}
+    for name in ("edit", "edit-file"):
+        text = values.pop(name)
+        if text is not None:
+            values[name] = read_setting(name, text)
+    if demo and not driving and not edited:
+        driving = ("talk",)
+    if demo and not sources and batch is None:
+        sources = (str(demo_picture()),)
     config = RunConfig(
-        source=source if source is not None else demo_picture(),
-        driving=driving if driving is not None else "talk",
+        source=sources[0] if sources else "",
+        driving=driving or None,
         output=output,
-        options=options,
         bundle=bundle,
         backend=_backend(backend, device, threads),
-        audio=audio,
-        side_by_side=side_by_side,
+        face_models=face_models,
         save_motion=save_motion,
-        crf=crf,
         overwrite=overwrite,
     )
-    with _logging(quiet or as_json, verbose), _progress(quiet or as_json) as progress:
+    config = with_settings(config, values)
+    silent = quiet or as_json
+    if batch is not None or len(sources) > 1 or Path(sources[0]).is_dir():
+        everything = (*sources, batch) if batch is not None else sources
+        with _logging(silent, verbose):
+            return _run_batch(config, listed, everything, output or ".", resume, as_json, quiet)
+    with _logging(silent, verbose), _progress(silent) as progress:
         result = run_job(config, progress)
     if as_json:
-        click.echo(json.dumps(_result_json(result)))
+        click.echo(json.dumps({"ok": True, **_result_json(result)}))
     elif not quiet:
         _print_result(result)
+    return 0
+
+
+def _run_batch(
+    config: RunConfig,
+    listed: bool,
+    sources: Sequence[str],
+    folder: str,
+    resume: bool,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Plan and run a batch, print what came of it; the exit code of the first failure."""
+    from lp_edge.runtime.batch import run_batch
+    from lp_edge.runtime.job_list import jobs_of_list, jobs_of_sources
+
+    jobs = jobs_of_list(sources[-1], config, folder) if listed else jobs_of_sources(sources, config, folder)
+    with _batch_progress(quiet or as_json) as progress:
+        result = run_batch(jobs, folder, resume=resume, progress=progress)
+    if as_json:
+        click.echo(json.dumps(_batch_json(result)))
+        return result.exit_code
+    for outcome in result.outcomes:
+        if outcome.error is not None:
+            error = outcome.error
+            _report(f"lp-run: {outcome.job.name}", "", error.got, error.expected, error.remedy, 0, False)
+        elif outcome.result is not None and not quiet:
+            _print_result(outcome.result)
+        elif not quiet:
+            click.echo(f"{outcome.job.output}: finished before")
+    if not quiet:
+        counts = [
+            f"{result.count(state)} {state}"
+            for state in ("done", "finished before", "failed")
+            if result.count(state)
+        ]
+        jobs_in_words = "1 job" if len(jobs) == 1 else f"{len(jobs)} jobs"
+        click.echo(f"{result.folder}: {jobs_in_words}, {', '.join(counts)}, in {result.seconds:.1f} s")
+    return result.exit_code
+
+
+def _error_json(error: LpEdgeError) -> dict[str, Any]:
+    return {
+        "type": type(error).__name__,
+        "exit_code": error.exit_code,
+        "got": error.got,
+        "expected": error.expected,
+        "remedy": error.remedy,
+    }
+
+
+def _batch_json(result: BatchResult) -> dict[str, Any]:
+    jobs = []
+    for outcome in result.outcomes:
+        row = {
+            "name": outcome.job.name,
+            "source": str(outcome.job.config.source),
+            "state": outcome.state,
+            "output": str(outcome.job.output),
+            "frames": outcome.frames,
+        }
+        if outcome.result is not None:
+            row.update(_result_json(outcome.result))
+        if outcome.error is not None:
+            row["error"] = _error_json(outcome.error)
+        jobs.append(row)
+    first = next((o.error for o in result.outcomes if o.error is not None), None)
+    return {
+        "ok": first is None,
+        **({} if first is None else {"error": _error_json(first)}),
+        "output": str(result.folder),
+        "seconds": result.seconds,
+        "motion_seconds": result.motion_seconds,
+        "motions": result.motions,
+        "done": result.count("done"),
+        "finished_before": result.count("finished before"),
+        "failed": result.count("failed"),
+        "jobs": jobs,
+    }
+
+
+@contextlib.contextmanager
+def _batch_progress(silent: bool) -> Iterator[Callable[[BatchProgress], None] | None]:
+    """A line for every job, and the progress of the one that runs; on stderr."""
+    if silent:
+        yield None
+        return
+    with contextlib.ExitStack() as bar:
+        update: Callable[[Progress], None] | None = None
+
+        def tell(now: BatchProgress) -> None:
+            nonlocal update
+            place = f"lp-run: [{now.number}/{now.jobs}] {now.job.name}"
+            if now.run is not None:
+                if update is not None:
+                    update(now.run)
+                return
+            bar.close()
+            if now.outcome is None:
+                click.echo(place, err=True)
+                update = bar.enter_context(_progress(False))  # a new one: its speed is that of this job
+            elif now.outcome.result is None:
+                click.echo(f"{place}: {now.outcome.state}", err=True)
+
+        yield tell
 
 
 def _result_json(result: RunResult) -> dict[str, Any]:
     from dataclasses import asdict
 
     return {
-        "ok": True,
         "output": str(result.output),
         "motion": None if result.motion is None else str(result.motion),
         "frames": result.frames,
@@ -455,38 +751,194 @@ def _plain_progress() -> Callable[[Progress], None]:
 
 # -- lp-export --------------------------------------------------------------------------------------------
 
+_EXPORT_OPTIONS = {
+    "mesh": {"output"},
+    "liveportrait": {
+        "output", "variant", "weights", "fp16", "flavor", "allow_unverified", "offline", "endpoint"
+    },
+    "verify": {"weights", "allow_unverified"},  # the bundle knows which weights it came from
+    "compare": set[str](),
+}  # fmt: skip
+"""Task -> options that mean something for it."""
+
 
 @click.command(
     cls=_Guarded,
     name="lp-export",
     epilog="""\b
 Examples:
-    lp-export --family mesh
-    lp-export --family mesh --output my_bundle && lp-run --demo --bundle my_bundle
+    lp-export --family liveportrait                      (downloads the official weights, 520 MB)
+    lp-export --family liveportrait --weights pretrained_weights --fp16 -o portrait
+    lp-export --family liveportrait --variant animal --offline
+    lp-export --family liveportrait --flavor tensorrt8   (JetPack 5)
+    lp-export --verify liveportrait-human-fp32
+    lp-export --compare liveportrait-human-fp32
+    lp-export --family mesh -o my_bundle && lp-run --demo --bundle my_bundle
 
 """
     + _EXIT_CODES,
 )
 @click.option(
-    "--family", type=click.Choice(["mesh"]), required=True, help="Which family of networks to export."
+    "--family", type=click.Choice(["mesh", "liveportrait"]), help="Which family of networks to export."
 )
 @click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Folder of the new bundle.  [default: the built-in bundle is rebuilt in place]",
+    help="Folder of the new bundle.  [default: liveportrait-VARIANT-PRECISION in this folder; mesh: the built-in "
+    "bundle is rebuilt in place]",
+)
+@click.option(
+    "--variant",
+    type=click.Choice(["human", "animal"]),
+    default="human",
+    show_default=True,
+    help="Weights for people or for animals.",
+)
+@click.option(
+    "--weights",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder with the official checkpoints (it contains liveportrait/).  [default: download them]",
+)
+@click.option("--fp16", is_flag=True, help="Half precision where it does no harm; for GPUs.")
+@click.option(
+    "--flavor",
+    type=click.Choice(["main", "tensorrt8"]),
+    default="main",
+    show_default=True,
+    help="Operators to use: main (opset 17), or those of TensorRT 8.5 on JetPack 5 (opset 16).",
+)
+@click.option(
+    "--allow-unverified",
+    is_flag=True,
+    help="Take weights that are not the official files (by SHA-256); the manifest records it.",
+)
+@click.option("--offline", is_flag=True, help="Download nothing; use what an earlier run has downloaded.")
+@click.option(
+    "--endpoint",
+    metavar="URL",
+    help="Mirror of the hub to download from.  [default: $HF_ENDPOINT, or huggingface.co]",
+)
+@click.option(
+    "--verify",
+    type=click.Path(path_type=Path),
+    metavar="BUNDLE",
+    help="Export nothing; repeat the parity check on a bundle (with --weights: against PyTorch again).",
+)
+@click.option(
+    "--compare",
+    type=click.Path(path_type=Path),
+    metavar="BUNDLE",
+    help="Export nothing; run the bundle's networks with TensorRT, through Polygraphy, and compare with PyTorch.",
 )
 @_common
-def export(family: str, output: Path | None, as_json: bool, quiet: bool, verbose: bool) -> None:
-    """Build a bundle from PyTorch networks.
+@click.pass_context
+def export(
+    context: click.Context,
+    family: str | None,
+    output: Path | None,
+    variant: str,
+    weights: Path | None,
+    fp16: bool,
+    flavor: str,
+    allow_unverified: bool,
+    offline: bool,
+    endpoint: str | None,
+    verify: Path | None,
+    compare: Path | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Build a bundle from PyTorch networks and check it against them, or check a finished one.
 
     Needs PyTorch: pip install "lp-edge[export]". The bundle is written beside its place and renamed when it is whole.
     """
-    from lp_edge.engines.bundle import builtin_directory
+    task = _export_task(context)
+    silent = quiet or as_json
+
+    def report(line: str) -> None:
+        if not silent:
+            click.echo(f"lp-export: {line}", err=True)
+
+    folder: Path | None
+    with _logging(silent, verbose):
+        if task == "mesh":
+            from lp_edge.engines.bundle import builtin_directory
+
+            folder = builtin_directory() if output is None else output
+            result = _exporter("mesh.build").build(folder, report=report).as_dict()
+        elif task == "liveportrait":
+            exporter = _exporter("liveportrait.build")
+            precision = "fp16" if fp16 else "fp32"
+            folder = exporter.default_output(variant, precision, flavor) if output is None else output
+            with _download_progress(silent) as progress:
+                result = exporter.build(
+                    folder,
+                    weights=weights,
+                    variant=variant,
+                    precision=precision,
+                    flavor=flavor,
+                    allow_unverified=allow_unverified,
+                    offline=offline,
+                    endpoint=endpoint,
+                    report=report,
+                    progress=progress,
+                ).as_dict()
+        elif task == "verify":
+            folder = verify
+            result = _exporter("verify").verify_bundle(folder, weights=weights, report=report)
+        else:
+            folder = compare
+            result = _exporter("liveportrait.build").compare(folder, report=report).as_dict()
+    family = family or "liveportrait"  # what --compare takes; --verify tells it itself
+    _print_export(task, {"family": family, **result, "bundle": str(folder)}, as_json, quiet)
+
+
+def _export_task(context: click.Context) -> str:
+    """What to do: a family, ``verify`` or ``compare``; ConfigError for options that do not go together."""
+    given = {
+        name
+        for name in context.params
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    }
+    tasks = [name for name in ("family", "verify", "compare") if name in given]
+    if len(tasks) != 1:
+        raise ConfigError(
+            " together with ".join(f"--{name}" for name in tasks) or "neither a family nor a bundle is given",
+            "expected one of --family, --verify and --compare",
+            "give the family to export, or the bundle to check",
+        )
+    task: str = context.params["family"] if tasks == ["family"] else tasks[0]
+    options = set[str]().union(*_EXPORT_OPTIONS.values())
+    for name in sorted(given & options - _EXPORT_OPTIONS[task]):
+        what = f"--family {task}" if tasks == ["family"] else f"--{task}"
+        takes = (
+            ", ".join(f"--{n.replace('_', '-')}" for n in sorted(_EXPORT_OPTIONS[task])) or "no such option"
+        )
+        raise ConfigError(
+            f"--{name.replace('_', '-')} means nothing with {what}", f"it takes {takes}", "leave it out"
+        )
+    for name in ("offline", "endpoint"):
+        if name in given and context.params["weights"] is not None:
+            raise ConfigError(
+                f"--{name} together with --weights",
+                "expected one: --weights downloads nothing",
+                "leave one out",
+            )
+    if {"offline", "endpoint"} <= given:
+        raise ConfigError("--offline together with --endpoint", "expected one of them", "leave one out")
+    return task
+
+
+def _exporter(module: str) -> Any:
+    """A module of lp_edge.export; BackendUnavailable when the packages of the extra are missing."""
+    import importlib
 
     try:
-        from lp_edge.export.mesh.build import build
+        return importlib.import_module(f"lp_edge.export.{module}")
     except ImportError as error:
         if error.name is None or error.name.startswith("lp_edge"):
             raise
@@ -496,26 +948,79 @@ def export(family: str, output: Path | None, as_json: bool, quiet: bool, verbose
             'pip install "lp-edge[export]"',
         ) from error
 
-    folder = builtin_directory() if output is None else output
 
-    def report(line: str) -> None:
-        if not quiet and not as_json:
-            click.echo(line, err=True)
-
-    with _logging(quiet or as_json, verbose):
-        built = build(folder, report=report)
+def _print_export(task: str, result: dict[str, Any], as_json: bool, quiet: bool) -> None:
     if as_json:
-        click.echo(json.dumps({"ok": True, "family": family, "bundle": str(folder), **built.as_dict()}))
-    elif not quiet:
-        for row in built.networks:
-            parity = (
-                ", ".join(f"{name} {value:.2g}" for name, value in row.parity.items())
-                or "checked when trained"
-            )
-            click.echo(
-                f"{row.name:15} {row.nodes:5} nodes {row.size / 1e6:6.2f} MB  opset {row.opset}  parity: {parity}"
-            )
-        click.echo(f"{folder}: bundle of the family {family}, made in {built.seconds:.1f} s")
+        click.echo(json.dumps({"ok": True, **result}))
+        return
+    for warning in result.get("warnings", ()):
+        click.echo(f"lp-export: note: {warning}", err=True)
+    if quiet:
+        return
+    for row in result["networks"]:
+        parity = (
+            ", ".join(f"{name} {value:.2g}" for name, value in row["parity"].items())
+            or "checked when trained"
+        )
+        click.echo(
+            f"{row['name']:28} {row['nodes']:5} nodes {row['size'] / 1e6:7.2f} MB  opset {row['opset']} "
+            f" {row.get('precision', 'fp32')}  {row['seconds']:6.1f} s  parity: {parity}"
+        )
+    if "licence" in result:
+        click.echo(f"licence: {result['licence']}")
+    done = {"verify": "verified", "compare": "compared with TensorRT"}.get(task, "made")
+    click.echo(
+        f"{result['bundle']}: bundle of the family {result['family']}, {done} in {result['seconds']:.1f} s"
+    )
+
+
+@contextlib.contextmanager
+def _download_progress(silent: bool) -> Iterator[Callable[[str, int, int | None], None] | None]:
+    """A bar on a terminal, a line every few seconds elsewhere; both on stderr, from the first byte on."""
+    if silent:
+        yield None
+        return
+    if not sys.stderr.isatty():
+        last = time.monotonic()
+
+        def line(name: str, done: int, whole: int | None) -> None:
+            nonlocal last
+            if time.monotonic() - last >= _PLAIN_EVERY:
+                last = time.monotonic()
+                of = "" if whole is None else f" of {whole / 1e6:.1f}"
+                click.echo(f"lp-export: {name}: {done / 1e6:.1f}{of} MB", err=True)
+
+        yield line
+        return
+
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    bar = Bar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    tasks: dict[str, Any] = {}
+
+    def update(name: str, done: int, whole: int | None) -> None:
+        if name not in tasks:
+            bar.start()
+            for other in tasks.values():
+                bar.update(other, visible=False)
+            tasks[name] = bar.add_task(name.rsplit("/", 1)[-1], total=whole)
+        bar.update(tasks[name], completed=done)
+        if done == whole:
+            bar.stop()
+
+    try:
+        yield update
+    finally:
+        bar.stop()
 
 
 # -- lp-doctor ----------------------------------------------------------------------------------------------

@@ -174,6 +174,243 @@ def test_no_overwrite_keeps_what_is_there(call: Call, work: Path) -> None:
     assert (work / "r.mp4").read_bytes() == before
 
 
+# -- edits and batches ----------------------------------------------------------------------------------
+
+
+def test_edits_alone_make_a_picture(call: Call, work: Path) -> None:
+    code, out, err = call(cli.run, *toys("-s", "in/face.png", "--edit", "yaw=20,smile=0.4"))
+    assert (code, err) == (0, "")
+    assert out.startswith("face--edit.png: 1 frame, 240x200")
+    assert (read_image(work / "face--edit.png") != read_image(work / "in" / "face.png")).any()
+
+
+def test_keyframes_alone_make_a_clip_as_long_as_they_are(call: Call, work: Path) -> None:
+    args = _keyframes()(work)
+    code, out, _ = call(cli.run, *toys(*args))
+    assert code == 0
+    assert out.startswith("face--edit.mp4: 10 frames")
+    assert probe(work / "face--edit.mp4").fps == 25
+
+
+def test_edits_go_on_top_of_a_driver(call: Call, work: Path) -> None:
+    for name, extra in (("plain", ()), ("edited", ("--edit", "yaw=20"))):
+        assert (
+            call(cli.run, *toys("-s", "in/face.png", "-d", "in/drive.mp4", "-o", f"{name}.mkv", *extra))[0]
+            == 0
+        )
+    frames = []
+    for name in ("plain", "edited"):
+        with VideoReader(work / f"{name}.mkv") as reader:
+            frames.append([f.rgb.astype(int) for f in reader])
+    assert len(frames[0]) == len(frames[1]) == 12
+    assert min(np.abs(a - b).max() for a, b in zip(*frames, strict=True)) > 5
+
+
+def test_a_driver_for_each_face(call: Call, work: Path) -> None:
+    both = np.zeros((200, 480, 3), np.uint8)
+    both[60:140, 60:140, 0] = 255  # a red and a green face, see make_toys.py
+    both[60:140, 340:420, 1] = 255
+    write_image(work / "in" / "both.png", both)
+    clip(work / "in" / "fast.mp4", [90 + 3 * i for i in range(12)])
+    pair = (
+        "-s",
+        "in/both.png",
+        "-d",
+        "in/drive.mp4",
+        "-d",
+        "in/fast.mp4",
+        "--faces",
+        "left-right",
+        "--no-smooth",
+    )
+    code, out, err = call(cli.run, *toys(*pair, "-o", "r.mkv"))
+    assert code == 0, err
+    assert out.startswith("r.mkv: 12 frames, 480x200")
+    alone = ("-s", "in/both.png", "-d", "in/drive.mp4", "--faces", "0", "--no-smooth")
+    assert call(cli.run, *toys(*alone, "-o", "left.mkv"))[0] == 0
+    with VideoReader(work / "r.mkv") as reader:
+        last = [f.rgb.astype(int) for f in reader][-1]
+    with VideoReader(work / "left.mkv") as reader:
+        left = [f.rgb.astype(int) for f in reader][-1]
+    assert np.abs(last[:, :40] - left[:, :40]).max() <= 6  # the left face follows the first driver …
+    assert np.abs(last[:, 340:420] - left[:, 340:420]).max() > 4  # … the right one the second
+    code, out, _ = call(cli.run, *toys(*pair))
+    assert out.startswith("both--drive+fast.mp4")
+
+
+def test_crops_alone_have_the_size_asked_for(call: Call, work: Path) -> None:
+    code, out, err = call(
+        cli.run,
+        *toys("-s", "in/face.png", "-d", "in/drive.mp4", "-o", "r.mp4", "--no-paste-back", "--size", 256),
+    )
+    assert code == 0, err
+    assert out.startswith("r.mp4: 12 frames, 256x256")
+
+
+def coloured(path: Path, count: int = 6) -> Path:
+    """A driver for the toys of the liveportrait family: their motion is the mean colour."""
+    with open_writer(path, (240, 240), Fraction(25), crf=1) as writer:
+        for i in range(count):
+            rgb = np.zeros((240, 240, 3), np.uint8)
+            rgb[60:180, 60:180] = (255, 255 - 20 * i, 200)
+            writer.write(rgb)
+    return path
+
+
+def test_the_options_of_liveportrait_reach_its_results(
+    call: Call, work: Path, liveportrait_bundle: Path
+) -> None:
+    driver = coloured(work / "in" / "colours.mp4")
+    usual = (
+        "-s",
+        "in/face.png",
+        "-d",
+        driver,
+        "--bundle",
+        liveportrait_bundle,
+        "--backend",
+        "cpu",
+        "--no-smooth",
+    )
+    results = {}
+    for number, extra in enumerate(
+        (
+            "",
+            "--absolute",
+            "--no-stitching",
+            "--eye-retargeting",
+            "--eye-retargeting --keep-pose-with-retargeting",
+            "--crop-scale 1.5",
+            "--edit yaw=20",
+            "--driving-crop on --driving-crop-scale 1.2",
+        )
+    ):
+        code, _, err = call(cli.run, *usual, *extra.split(), "-o", f"{number}.mkv", "--crf", 1)
+        assert code == 0, err
+        with VideoReader(work / f"{number}.mkv") as reader:
+            frames = [f.rgb.astype(int) for f in reader]
+        assert len(frames) == 6
+        results[extra] = frames[-1]
+    # the toys' eyes do not move, so retargeting them only drops the head motion, or keeps it
+    kept = results.pop("--eye-retargeting --keep-pose-with-retargeting")
+    assert np.abs(kept - results[""]).max() <= 2
+    plain = results.pop("")
+    for extra, last in results.items():
+        assert np.abs(last - plain).max() > 2, extra
+
+
+@pytest.mark.parametrize("size", [256, 512, 1024])
+def test_crops_of_liveportrait_have_the_size_asked_for(
+    call: Call, work: Path, liveportrait_bundle: Path, size: int
+) -> None:
+    usual = ("-s", "in/face.png", "-d", "in/face.png", "--bundle", liveportrait_bundle, "--backend", "cpu")
+    assert call(cli.run, *usual, "--size", size, "--no-paste-back", "-o", "crop.png")[0] == 0
+    assert read_image(work / "crop.png").shape == (size, size, 3)
+    assert call(cli.run, *usual, "--size", size, "-o", "whole.png")[0] == 0
+    assert read_image(work / "whole.png").shape == (200, 240, 3)
+
+
+def test_a_batch_of_liveportrait_reads_its_driver_once(
+    call: Call, work: Path, liveportrait_bundle: Path
+) -> None:
+    driver = coloured(work / "in" / "colours.mp4")
+    write_image(work / "in" / "other.png", frame(120))
+    sources = ("-s", "in/face.png", "-s", "in/other.png", "-s", "in/drive.mp4")
+    usual = (
+        *sources,
+        "-d",
+        driver,
+        "--bundle",
+        liveportrait_bundle,
+        "--backend",
+        "cpu",
+        "-o",
+        "out",
+        "--json",
+    )
+    code, out, _ = call(cli.run, *usual)
+    assert code == 0, out
+    report = json.loads(out)
+    assert (report["done"], report["motions"]) == (3, 1)
+    assert [job["frames"] for job in report["jobs"]] == [6, 6, 6]
+
+
+def test_the_older_name_of_faces_still_works(call: Call, work: Path) -> None:
+    args = toys("-s", "in/face.png", "-d", "in/drive.mp4", "-o", "r.mp4")
+    assert call(cli.run, *args, "--face", "0")[0] == 0
+    assert call(cli.run, *args, "--face", "5")[0] == 4
+    assert "--face " not in call(cli.run, "--help")[1]
+
+
+def test_a_batch_says_what_came_of_every_source(call: Call, work: Path) -> None:
+    write_image(work / "in" / "dark.png", frame(None))
+    args = toys("-s", "in/face.png", "-s", "in/dark.png", "-s", "in/drive.mp4", "-d", "nod", "-o", "out")
+    code, out, err = call(cli.run, *args)
+    assert code == 4
+    lines = out.splitlines()
+    assert lines[0].startswith("out/face--nod.mp4: 75 frames, 240x200, made in")
+    assert lines[1].startswith("out/drive--nod.mp4: 12 frames")
+    assert lines[2].startswith("out: 3 jobs, 2 done, 1 failed, in ")
+    assert "lp-run: [2/3] in/dark.png: failed" in err
+    assert "lp-run: in/dark.png: no face" in err
+    assert "lp-run: in/dark.png: to fix it: " in err
+
+    code, out, err = call(cli.run, *args, "--json")
+    assert (code, err) == (4, "")
+    result = json.loads(out)
+    assert (result["ok"], result["done"], result["finished_before"], result["failed"]) == (False, 0, 2, 1)
+    assert result["error"] == result["jobs"][1]["error"]
+    assert [j["state"] for j in result["jobs"]] == ["finished before", "failed", "finished before"]
+    assert [j["frames"] for j in result["jobs"]] == [75, 0, 12]
+
+    code, out, err = call(cli.run, *args, "--no-resume", "--quiet")
+    assert (code, out) == (4, "")
+    assert err.startswith("lp-run: in/dark.png: no face")
+
+
+def test_a_folder_or_a_list_is_a_batch(call: Call, work: Path) -> None:
+    code, out, _ = call(cli.run, *toys("--batch", "in", "-d", "nod", "-o", "first"))
+    assert code == 0
+    assert sorted(p.name for p in (work / "first").iterdir()) == [
+        "drive--nod.mp4",
+        "face--nod.mp4",
+        "lp-run-journal.jsonl",
+    ]
+    (work / "pictures").mkdir()
+    for i in range(2):
+        write_image(work / "pictures" / f"{i}.png", frame(100 + 10 * i))
+    code, out, _ = call(cli.run, *toys("-s", "pictures", "-d", "in/drive.mp4", "-o", "out", "--json"))
+    assert code == 0
+    result = json.loads(out)
+    assert (result["done"], result["motions"], result["output"]) == (2, 1, "out")
+    assert [j["output"] for j in result["jobs"]] == ["out/0--drive.mp4", "out/1--drive.mp4"]
+    (work / "jobs.csv").write_text("source,output,region\npictures/0.png,a.mp4,lip\npictures/1.png,b.gif,\n")
+    code, out, _ = call(cli.run, *toys("--batch", "jobs.csv", "-d", "in/drive.mp4", "-o", "listed"))
+    assert code == 0
+    assert sorted(p.name for p in (work / "listed").iterdir()) == ["a.mp4", "b.gif", "lp-run-journal.jsonl"]
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_batch_that_is_stopped_goes_on_later(call: Call, work: Path, stop: signal.Signals) -> None:
+    save_template(lp_edge.builtin_template("nod", duration=160.0), work / "in" / "long.npz")
+    (work / "in" / "jobs.csv").write_text("source,driving\nface.png,nod\nface.png,long.npz\n")
+    args = toys("--batch", "in/jobs.csv", "-o", "out")
+    process = in_process(*args, cwd=work)
+    limit = time.monotonic() + 60
+    while time.monotonic() < limit and not list((work / "out").glob(".face--long.*.part.mp4")):
+        time.sleep(0.02)  # until it is writing the second
+    process.send_signal(stop)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (130, ""), err
+    assert "stopped in job 2 of 2; 1 finished results are kept in out" in err
+    assert sorted(p.name for p in (work / "out").iterdir()) == ["face--nod.mp4", "lp-run-journal.jsonl"]
+    (work / "in" / "jobs.csv").write_text("source,driving\nface.png,nod\nface.png,blink\n")
+    code, out, _ = call(cli.run, *args)
+    assert code == 0
+    assert out.splitlines()[0] == "out/face--nod.mp4: finished before"
+    assert out.splitlines()[-1].startswith("out: 2 jobs, 1 done, 1 finished before, in ")
+
+
 @pytest.mark.parametrize("command", [cli.run, cli.export, cli.doctor, cli.bench], ids=lambda c: c.name)
 def test_help_has_examples_and_exit_codes(call: Call, command: click.Command) -> None:
     code, out, _ = call(command, "--help")
@@ -190,7 +427,7 @@ def test_the_help_names_every_option_of_the_readme_and_the_other_way_round() -> 
         pytest.skip("no source tree")
     table = readme.read_text().split("## Options of lp-run")[1].split("##")[0]
     for option in cli.run.params:
-        if option.name != "version":
+        if option.name != "version" and not getattr(option, "hidden", False):
             assert any(name in table for name in option.opts if name.startswith("--")), option.opts
 
 
@@ -225,6 +462,22 @@ def test_a_terminal_shows_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch:
     assert shown.out == ""
     assert "60/120 frames" in shown.err
     assert "30.0 frames/s" in shown.err
+
+
+def test_every_job_of_a_batch_has_a_bar_of_its_own(
+    call: Call, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_image(work / "in" / "dark.png", frame(None))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    sources = ("-s", "in/face.png", "-s", "in/dark.png", "-s", "in/drive.mp4")
+    code, out, err = call(cli.run, *toys(*sources, "-d", "nod", "-o", "out"))
+    assert code == 4
+    assert "75/75 frames" in err
+    assert "12/12 frames" in err
+    assert "[2/3] in/dark.png: failed" in err
+    assert "out/drive--nod.mp4: 12 frames" in out
 
 
 # -- what is refused ------------------------------------------------------------------------------------
@@ -339,6 +592,27 @@ def _usual(*args: object) -> Callable[[Path], tuple[object, ...]]:
     return lambda folder: ("-s", "in/face.png", "-d", "in/drive.mp4", *args)
 
 
+def _empty_folder(folder: Path) -> tuple[object, ...]:
+    (folder / "empty").mkdir()
+    return "-s", "empty", "-d", "nod"
+
+
+def _keyframes(*args: object) -> Callable[[Path], tuple[object, ...]]:
+    def make(folder: Path) -> tuple[object, ...]:
+        (folder / "in" / "keys.csv").write_text("time,smile\n0,0\n0.4,1\n")
+        return "-s", "in/face.png", "--edit-file", "in/keys.csv", *args
+
+    return make
+
+
+def _list(data: bytes, *args: object) -> Callable[[Path], tuple[object, ...]]:
+    def make(folder: Path) -> tuple[object, ...]:
+        (folder / "in" / "jobs.csv").write_bytes(data)
+        return "--batch", "in/jobs.csv", "-o", "out", *args
+
+    return make
+
+
 def _frames_folder(folder: Path) -> tuple[object, ...]:
     (folder / "in" / "notes").mkdir()
     (folder / "in" / "notes" / "diary.txt").write_text("dear diary")
@@ -349,7 +623,7 @@ BAD: dict[str, tuple[Callable[[Path], tuple[object, ...]], int, str]] = {
     # name: (inputs and arguments, exit code, what the message must contain)
     "no_such_source": (_plain("-s", "in/nobody.jpg", "-d", "nod"), 3, "nobody.jpg"),
     "no_such_driver": (_plain("-s", "in/face.png", "-d", "in/nothing.mp4"), 3, "nothing.mp4"),
-    "source_is_a_folder": (_plain("-s", "in", "-d", "nod"), 3, "folder"),
+    "source_is_an_empty_folder": (_empty_folder, 3, "holds no source"),
     "driver_is_a_folder": (_plain("-s", "in/face.png", "-d", "in"), 3, "folder"),
     "empty_source": (_file("empty.jpg", b"", "source"), 3, "empty"),
     "empty_driver": (_file("empty.mp4", b"", "driving"), 3, "empty"),
@@ -391,8 +665,35 @@ BAD: dict[str, tuple[Callable[[Path], tuple[object, ...]], int, str]] = {
     "size_too_small": (_usual("--size", "5"), 2, "128 to 2048"),
     "negative_neutral": (_usual("--neutral", "-1"), 2, "neutral"),
     "neutral_beyond_the_end": (_usual("--neutral", "5000"), 2, "5000"),
-    "unknown_face": (_usual("--face", "left"), 2, "left"),
-    "face_that_is_not_there": (_usual("--face", "7"), 4, "7"),
+    "unknown_face": (_usual("--faces", "left"), 2, "left"),
+    "face_that_is_not_there": (_usual("--faces", "7"), 4, "7"),
+    "face_among_others_that_is_not_there": (_usual("--faces", "0,3"), 4, "face 3"),
+    "face_twice": (_usual("--faces", "0,0"), 2, "each once"),
+    "both_names_of_an_option": (_usual("--face", "0", "--faces", "all"), 2, "--face"),
+    "more_drivers_than_faces": (_usual("-d", "nod", "--faces", "all"), 2, "2 drivers for 1 face"),
+    "motion_of_two_drivers": (_usual("-d", "nod", "--save-motion", "m.npz"), 2, "2 drivers"),
+    "unknown_edit": (_usual("--edit", "grimace=1"), 2, "grimace"),
+    "edit_without_value": (_usual("--edit", "smile"), 2, "smile"),
+    "edit_out_of_range": (_usual("--edit", "smile=9"), 2, "smile"),
+    "empty_edit_alone": (_plain("-s", "in/face.png", "--edit", ""), 2, "neither a driver nor an edit"),
+    "edit_file_missing": (_usual("--edit-file", "keys.json"), 3, "keys.json"),
+    "edit_and_edit_file": (_keyframes("--edit", "smile=1"), 2, "keyframes"),
+    "option_of_the_other_family": (_usual("--no-stitching"), 2, "liveportrait"),
+    "face_models_of_the_other_family": (_usual("--face-models", "in"), 2, "liveportrait"),
+    "face_models_missing": (_usual("--face-models", "nowhere"), 2, "nowhere"),
+    "crops_of_several_faces": (_usual("--faces", "all", "--no-paste-back"), 2, "paste-back"),
+    "list_missing": (_plain("--batch", "jobs.csv"), 3, "jobs.csv"),
+    "list_is_no_text": (_list(b"\xff\xfe\x00"), 3, "jobs.csv"),
+    "list_with_unknown_column": (_list(b"source,mouth\nface.png,1\n"), 2, "row 1: no column is called 'mouth'"),
+    "list_with_wrong_row": (_list(b"source,driving,size\nface.png,nod,64\n"), 2, "jobs.csv, row 2: size is 64"),
+    "list_without_a_driver": (_list(b"source\nface.png\n"), 2, "jobs.csv, row 2: neither a driver"),
+    "list_and_source": (_list(b"source\nface.png\n", "-s", "in/face.png"), 2, "--source"),
+    "batch_into_a_file": (_usual("-s", "in/drive.mp4", "-o", "r.mp4"), 2, "r.mp4 is no folder"),
+    "batch_into_nowhere": (_usual("-s", "in/drive.mp4", "-o", "no/where"), 8, "does not exist"),
+    "batch_into_its_sources": (_plain("-s", "in", "-d", "nod", "-o", "in"), 2, "both the folder of the sources"),
+    "two_results_of_one_name": (_usual("-s", "in/face.png", "-o", "out"), 2, "both write"),
+    "motion_of_a_batch": (_usual("-s", "in/drive.mp4", "--save-motion", "m.npz"), 2, "--save-motion"),
+    "every_job_fails": (_plain("-s", "in/gone.png", "-s", "in/away.png", "-d", "nod", "-o", "out"), 3, "gone.png"),
     "crf": (_usual("--crf", "99"), 2, "99"),
     "negative_threads": (_usual("--threads", "-2"), 2, "threads"),
     "bundle_missing": (_usual("--bundle", "../no_bundle"), 5, "no_bundle"),
@@ -408,7 +709,7 @@ def test_bad_input_is_refused_clearly_at_once_and_leaves_nothing(call: Call, wor
     code, out, err = call(cli.run, *args)
     assert time.monotonic() - started < SECONDS
     assert code == wanted, err
-    assert out == ""
+    assert out == "" or (name == "every_job_fails" and out.startswith("out: 2 jobs, 2 failed"))
     assert words in err, err
     assert "Traceback" not in err
     assert everything(work) == before
@@ -575,14 +876,15 @@ def test_doctor_fails_where_the_main_job_does(call: Call, work: Path) -> None:
     assert "warp_decode" in out
 
 
+@pytest.mark.parametrize("family", ["mesh", "liveportrait"])
 def test_export_without_torch_names_the_extra(
-    call: Call, work: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, call: Call, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in [n for n in sys.modules if n.startswith("lp_edge.export.mesh")]:
+    for name in [n for n in sys.modules if n.startswith("lp_edge.export.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch", None)  # what an import of a missing module looks like
     before = everything(work)
-    code, _, err = call(cli.export, "--family", "mesh", "--output", "b")
+    code, _, err = call(cli.export, "--family", family, "--output", "b")
     assert code == 7
     assert "torch" in err
     assert 'pip install "lp-edge[export]"' in err
@@ -605,6 +907,194 @@ def test_export_needs_a_known_family(call: Call) -> None:
     code, _, err = call(cli.export, "--family", "marble")
     assert code == 2
     assert "marble" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ((), "neither a family nor a bundle"),
+        (("--family", "mesh", "--verify", "b"), "--family together with --verify"),
+        (("--verify", "b", "--compare", "b"), "--verify together with --compare"),
+        (("--family", "mesh", "--fp16"), "--fp16 means nothing with --family mesh"),
+        (("--family", "mesh", "--variant", "human"), "--variant means nothing"),
+        (("--family", "mesh", "--weights", "w"), "--weights means nothing"),
+        (("--family", "mesh", "--allow-unverified"), "--allow-unverified means nothing"),
+        (("--verify", "b", "--output", "c"), "--output means nothing with --verify"),
+        (("--compare", "b", "--weights", "w"), "--weights means nothing with --compare"),
+        (("--family", "liveportrait", "--weights", "w", "--offline"), "--offline together with --weights"),
+        (
+            ("--family", "liveportrait", "--weights", "w", "--endpoint", "u"),
+            "--endpoint together with --weights",
+        ),
+        (("--family", "liveportrait", "--offline", "--endpoint", "u"), "--offline together with --endpoint"),
+        (("--family", "liveportrait", "--variant", "robot"), "robot"),
+        (("--family", "liveportrait", "--flavor", "vanilla"), "vanilla"),
+    ],
+)
+def test_export_refuses_options_that_do_not_go_together(
+    args: tuple[str, ...], words: str, call: Call, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)  # before any work: nothing heavy is even imported
+    before = everything(work)
+    code, out, err = call(cli.export, *args)
+    assert (code, out) == (2, "")
+    assert words in err
+    assert everything(work) == before
+
+
+@pytest.fixture
+def fake_build(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, dict[str, object]]]:
+    """The LivePortrait export without its work: notes how it was called."""
+    pytest.importorskip("torch", reason="the export extra (torch) is not installed")
+    from lp_edge.engines.bundle import CheckpointEntry
+    from lp_edge.export.liveportrait import build as driver
+
+    calls: list[tuple[Path, dict[str, object]]] = []
+
+    def build(output: Path, **options: object) -> driver.BuildReport:
+        calls.append((output, options))
+        options["report"]("exporting stitching")  # type: ignore[operator]
+        row = driver.NetworkReport("stitching", 7, 181_000, 17, "fp32", {"delta_max": 2.5e-7}, 1.25)
+        entry = CheckpointEntry("liveportrait/x.pth", "0" * 64, "MIT")
+        return driver.BuildReport(
+            output, "human", (row,), (entry,), "MIT AND Apache-2.0", ("stitching: mind the gap",), 3.5
+        )
+
+    monkeypatch.setattr(driver, "build", build)
+    return calls
+
+
+def test_export_of_liveportrait_prints_a_table(
+    call: Call, work: Path, fake_build: list[tuple[Path, dict[str, object]]]
+) -> None:
+    code, out, err = call(cli.export, "--family", "liveportrait")
+    assert code == 0
+    table, licence, end = out.splitlines()
+    assert table.split()[:7] == ["stitching", "7", "nodes", "0.18", "MB", "opset", "17"]
+    assert "delta_max 2.5e-07" in table and "fp32" in table
+    assert licence == "licence: MIT AND Apache-2.0"
+    assert end == "liveportrait-human-fp32: bundle of the family liveportrait, made in 3.5 s"
+    assert "exporting stitching" in err and "mind the gap" in err
+    ((output, options),) = fake_build
+    assert output == Path("liveportrait-human-fp32")
+    assert (options["weights"], options["variant"], options["precision"]) == (None, "human", "fp32")
+    assert (options["flavor"], options["offline"], options["endpoint"]) == ("main", False, None)
+    assert options["allow_unverified"] is False
+
+
+def test_export_of_liveportrait_hands_every_option_on(
+    call: Call, work: Path, fake_build: list[tuple[Path, dict[str, object]]]
+) -> None:
+    args = (
+        "--family",
+        "liveportrait",
+        "--variant",
+        "animal",
+        "--weights",
+        "w",
+        "--fp16",
+        "--flavor",
+        "tensorrt8",
+    )
+    code, out, err = call(cli.export, *args, "--allow-unverified", "--json")
+    assert (code, err) == (0, "")
+    report = json.loads(out)
+    assert (report["ok"], report["family"]) == (True, "liveportrait")
+    assert report["bundle"] == "liveportrait-animal-fp16-tensorrt8"
+    assert report["networks"][0]["parity"] == {"delta_max": 2.5e-7}
+    assert report["checkpoints"][0]["licence"] == "MIT"
+    assert report["warnings"] == ["stitching: mind the gap"]
+    call(cli.export, "--family", "liveportrait", "--offline", "-o", "mine", "--quiet")
+    call(cli.export, "--family", "liveportrait", "--endpoint", "http://mirror")
+    first, second, third = (options for _, options in fake_build)
+    assert (first["weights"], first["variant"], first["precision"]) == (Path("w"), "animal", "fp16")
+    assert (first["flavor"], first["allow_unverified"]) == ("tensorrt8", True)
+    assert (second["offline"], fake_build[1][0]) == (True, Path("mine"))
+    assert third["endpoint"] == "http://mirror"
+
+
+def test_export_without_the_weights_names_the_first_file(call: Call, work: Path) -> None:
+    pytest.importorskip("torch", reason="the export extra (torch) is not installed")
+    before = everything(work)
+    code, out, err = call(cli.export, "--family", "liveportrait", "--weights", "in")
+    assert (code, out) == (9, "")
+    assert "appearance_feature_extractor.pth" in err
+    assert everything(work) == before
+
+
+def test_verify_of_a_damaged_bundle_names_the_file(call: Call, work: Path) -> None:
+    pytest.importorskip("torch", reason="the export extra (torch) is not installed")
+    _cut(work.parent / "toy_bundle")
+    code, _, err = call(cli.export, "--verify", "../toy_bundle")
+    assert code == 5
+    assert "warp_decode.onnx" in err
+
+
+def test_verify_tells_the_family_and_its_parity(
+    call: Call, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch", reason="the export extra (torch) is not installed")
+    from lp_edge.export import verify
+
+    row = {
+        "name": "warp_decode",
+        "nodes": 3,
+        "size": 9,
+        "opset": 17,
+        "parity": {"image_max": 1.0},
+        "seconds": 0.5,
+    }
+    seen: list[object] = []
+
+    def check(path: Path, *, weights: Path | None, report: object) -> dict[str, object]:
+        seen.append((path, weights))
+        return {"family": "mesh", "networks": [row], "seconds": 2.0}
+
+    monkeypatch.setattr(verify, "verify_bundle", check)
+    code, out, _ = call(cli.export, "--verify", "b")
+    assert code == 0
+    assert "image_max 1" in out
+    assert out.splitlines()[-1] == "b: bundle of the family mesh, verified in 2.0 s"
+    assert json.loads(call(cli.export, "--verify", "b", "--weights", "w", "--json")[1])["family"] == "mesh"
+    assert seen == [(Path("b"), None), (Path("b"), Path("w"))]
+
+
+def test_compare_needs_a_bundle_of_the_family(call: Call, work: Path) -> None:
+    pytest.importorskip("torch", reason="the export extra (torch) is not installed")
+    code, _, err = call(cli.export, "--compare", "../toy_bundle")
+    assert code == 5
+    assert "family mesh" in err
+
+
+def test_downloads_report_a_line_every_few_seconds(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now)
+    with cli._download_progress(False) as progress:
+        assert progress is not None
+        for i in range(1, 13):
+            now = float(i)
+            progress("liveportrait/m.pth", i * 1_000_000, None if i < 8 else 112_500_000)
+    assert capsys.readouterr().err.splitlines() == [
+        "lp-export: liveportrait/m.pth: 5.0 MB",
+        "lp-export: liveportrait/m.pth: 10.0 of 112.5 MB",
+    ]
+
+
+def test_downloads_show_a_bar_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    with cli._download_progress(False) as progress:
+        assert progress is not None
+        progress("liveportrait/m.pth", 30_000_000, 60_000_000)
+        progress("liveportrait/m.pth", 60_000_000, 60_000_000)
+        progress("liveportrait/g.pth", 10_000_000, None)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "m.pth" in shown.err and "g.pth" in shown.err and "60.0/60.0 MB" in shown.err
 
 
 def test_bench_run_prints_json_lines(call: Call, work: Path) -> None:
