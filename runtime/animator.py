@@ -13,10 +13,9 @@ memory does not grow with the length of a clip. A family that has to see the who
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -33,7 +32,7 @@ from lp_edge.runtime.cast import AnimatedFrame, Cast, Slots, too_many_drivers
 from lp_edge.runtime.driver import Driver, DriverFrame, Drivers, at_rate, decode, frame_rate
 from lp_edge.runtime.face_motion import Canonical
 from lp_edge.runtime.faces import DetectorConfig, Face, FaceDetector, FaceMeshNet, faces_policy
-from lp_edge.runtime.families import open_family
+from lp_edge.runtime.families import half_the_cores, open_family
 from lp_edge.runtime.family import Family, Portrait
 from lp_edge.runtime.image import read_image
 from lp_edge.runtime.live import LiveAnimation
@@ -118,15 +117,13 @@ class Animator:
             bundle if isinstance(bundle, Bundle) else open_bundle(None if bundle is None else Path(bundle))
         )
         config = resolve_backend(backend or BackendConfig())
-        if config.threads == 0:
-            # Tracking and rendering run side by side; each network on all cores would make them wait for each other.
-            config = replace(config, threads=max(1, (os.cpu_count() or 1) // 2))
+        half = half_the_cores(config)
         with ExitStack() as stack:
             self.family: Family[Any] = open_family(
                 self.bundle, config, stack, None if face_models is None else Path(face_models)
             )
-            detector = stack.enter_context(self.bundle.runner(names.FACE_DETECTOR, config))
-            mesh = stack.enter_context(self.bundle.runner(names.FACE_MESH, config))
+            detector = stack.enter_context(self.bundle.runner(names.FACE_DETECTOR, half))
+            mesh = stack.enter_context(self.bundle.runner(names.FACE_MESH, half))
             self._runners = stack.pop_all()
         # The mesh network confirms every face, so the detector may be lenient.
         self.finder = FaceFinder(FaceDetector(detector, DetectorConfig(score=0.4)), FaceMeshNet(mesh))

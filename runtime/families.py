@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,17 @@ from lp_edge.runtime.face_motion import Canonical
 from lp_edge.runtime.family import Family
 from lp_edge.runtime.mesh_family import MeshFamily
 
-__all__ = ["FAMILIES", "open_family"]
+__all__ = ["FAMILIES", "half_the_cores", "open_family"]
 
 FAMILIES = ("mesh", "liveportrait")
 """Families that this version animates."""
+
+
+def half_the_cores(config: BackendConfig) -> BackendConfig:
+    """For networks of like weight that run side by side: each on all cores would make them wait for each other."""
+    if config.threads:
+        return config
+    return replace(config, threads=max(1, (os.cpu_count() or 1) // 2))
 
 
 def open_family(
@@ -27,7 +36,7 @@ def open_family(
 
     Args:
         bundle: an open bundle.
-        config: where its networks run.
+        config: where its networks run; threads 0 = as many as suit the family.
         stack: closes them.
         face_models: folder with ``landmark.onnx`` (and InsightFace's models) for the crops of the liveportrait family.
 
@@ -53,7 +62,7 @@ def open_family(
             "expected them with the family liveportrait only",
             "leave them out: the mesh family uses its own face networks",
         )
-    warp = stack.enter_context(bundle.runner(names.WARP_DECODE, config))
+    warp = stack.enter_context(bundle.runner(names.WARP_DECODE, half_the_cores(config)))
     tables = bundle.manifest.files
     template_map = bundle.load_table("liveportrait_map") if "liveportrait_map" in tables else None
     return MeshFamily(warp, Canonical.from_table(bundle.load_table("canonical")), template_map)

@@ -271,7 +271,7 @@ def open_liveportrait(
 
     Args:
         bundle: a bundle of the family.
-        config: where its networks run. The small networks (S, R) run beside the large ones.
+        config: where its networks run. Drawing takes nearly all of the time, so on a CPU they get all cores.
         face_models: see :func:`lp_edge.runtime.insightface.open_face_models`; None = our own mesh.
 
     Raises:
