@@ -290,7 +290,7 @@ _LIVEPORTRAIT_OPTIONS = (
     click.option(
         "--driving-option",
         type=click.Choice(["expression-friendly", "pose-friendly"]),
-        default="pose-friendly",
+        default="expression-friendly",
         show_default=True,
         help="liveportrait: scale a clip's motion by the ratio of both faces' sizes, or take it as it is.",
     ),
@@ -312,7 +312,7 @@ _LIVEPORTRAIT_OPTIONS = (
     ),
     click.option(
         "--normalize-lip/--no-normalize-lip",
-        default=True,
+        default=False,
         show_default=True,
         help="liveportrait: close an open mouth of the source before a relative motion is added.",
     ),

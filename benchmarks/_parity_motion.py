@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,7 +121,9 @@ def _options(case: Mapping[str, Any]) -> ComposeOptions:
             f"expected {', '.join((*SHARED, *FLAGS))}",
             "correct the file, or teach this benchmark the option",
         )
-    own = LivePortraitOptions(**{FLAGS[k]: v for k, v in given.items() if k in FLAGS})
+    # What a case leaves out is as in the reference's InferenceConfig, not as on its command line.
+    base = LivePortraitOptions(driving_option="pose-friendly", normalize_lip=True)
+    own = replace(base, **{FLAGS[k]: v for k, v in given.items() if k in FLAGS})
     return ComposeOptions(liveportrait=own, **{SHARED[k]: v for k, v in given.items() if k in SHARED})
 
 

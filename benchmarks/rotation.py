@@ -41,7 +41,9 @@ def rotations_of_clip(animator: Animator, path: Path, *, smooth: bool) -> F64:
             face = next(iter(tracker.update(frame.rgb, float(frame.time))), None)
             visible = face is not None and face.visible
             rows.append(
-                motion_from_points(face.points, animator.canonical).rotation if visible else np.full((3, 3), np.nan)
+                motion_from_points(face.points, animator.canonical).rotation
+                if visible
+                else np.full((3, 3), np.nan)
             )
     return np.array(rows, np.float64)
 

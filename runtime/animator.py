@@ -224,7 +224,7 @@ class Animator:
         Args:
             source: path of a picture or clip, or a picture uint8 ``[H, W, 3]`` RGB.
             driving: path of a clip, picture or template (``.npz``, LivePortrait ``.pkl``), the name of a built-in
-                template (``nod``, ``shake``, ``blink``, ``smile``, ``talk``), a template, an open driver, or None to let only
+                template (:data:`lp_edge.runtime.gestures.GESTURES`), a template, an open driver, or None to let only
                 ``options.edits`` and ``options.keyframes`` act. A sequence of them: one for each face that
                 ``options.faces`` selects, in that order.
             options: see :class:`AnimateOptions`.
@@ -240,7 +240,8 @@ class Animator:
         several: list[Driving] = list(driving) if isinstance(driving, (list, tuple)) else [driving]  # type: ignore[list-item]
         if not several:
             raise ConfigError("no driver", "expected one or more", "pass None to let edits alone act")
-        if not options.paste_back and faces_policy(options.faces) == "left-right":
+        policy = faces_policy(options.faces)
+        if not options.paste_back and (policy == "left-right" or (policy != "largest" and len(policy) > 1)):
             raise ConfigError(
                 "several faces and no paste-back",
                 "expected one face where the crop alone is the result",

@@ -1,6 +1,6 @@
 """Options of the LivePortrait family's motion; what both families share is in :class:`lp_edge.runtime.options.AnimateOptions`.
 
-The names say what the reference's flags do; the defaults are those of its inference configuration.
+The names say what the reference's flags do; the defaults are those of its command line.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class LivePortraitOptions:
         ConfigError: a value is out of range or unknown.
     """
 
-    driving_option: str = "pose-friendly"
+    driving_option: str = "expression-friendly"
     stitching: bool = True
     eye_retargeting: bool = False
     lip_retargeting: bool = False
-    normalize_lip: bool = True
+    normalize_lip: bool = False
     lip_normalize_threshold: float = 0.03
     source_video_eye_retargeting: bool = False
     source_video_eye_threshold: float = 0.18

@@ -45,8 +45,8 @@ class AnimateOptions:
         smooth: one-euro filter on tracked points of clips and live drivers.
         faces: which faces of the source are animated: ``largest``, ``all`` (the same as ``left-right``), or indices from left to
             right such as ``0`` or ``2,0``; several drivers are given to them in this order.
-        size: side of the animated crop in pixels, 128 to 2048. Family mesh: the longer side at most, smaller crops are not
-            enlarged; None = 640. Family liveportrait: its networks draw 512, other sizes are resampled; None = 512.
+        size: side of the animated crop in pixels, 128 to 2048. Family mesh: the longer side at most, smaller crops are
+            not enlarged where they are pasted back; None = 640. Family liveportrait: its networks draw 512, other sizes are resampled; None = 512.
         paste_back: put the animated crop back into the source frame; False gives the crop alone.
         length: for a source clip or several drivers: ``shortest``, ``source`` or ``driving``; what is too short holds its last
             frame.

@@ -16,7 +16,16 @@ import pytest
 import lp_edge
 
 ROOT = Path(lp_edge.__file__).resolve().parent
-PACKAGES = ("engines", "export", "export/mesh", "export/training", "proto", "runtime")
+PACKAGES = (
+    "engines",
+    "export",
+    "export/liveportrait",
+    "export/mesh",
+    "export/networks",
+    "export/training",
+    "proto",
+    "runtime",
+)
 DATA = ("engines/data", "runtime/data")
 
 pytestmark = pytest.mark.skipif(

@@ -343,6 +343,8 @@ def test_the_crop_alone_is_square_and_of_the_size_asked_for(animator: Animator, 
         assert (frames[-1].rgb != frames[0].rgb).any()
     with pytest.raises(ConfigError, match="several faces"):
         animator.animate(frame(), driver, AnimateOptions(paste_back=False, faces="all"))
+    with pytest.raises(ConfigError, match="several faces"):
+        animator.animate(two_faces(), driver, AnimateOptions(paste_back=False, faces="0,1"))
 
 
 def test_options_of_the_other_family_are_refused(animator: Animator) -> None:

@@ -43,7 +43,7 @@ def test_values_reach_nested_options_and_leave_the_others() -> None:
         -0.125,
     )
     assert config.options.liveportrait.stitching is False
-    assert config.options.liveportrait.normalize_lip is True
+    assert config.options.liveportrait.smooth_variance == 3e-7
     assert (config.options.region, config.audio, config.source) == ("lip", "none", "a.jpg")
 
 
