@@ -110,8 +110,7 @@ class Known:
 def options(
     *, relative: bool = True, region: str = "all", multiplier: float = 1.0, **own: Any
 ) -> ComposeOptions:
-    own = {"stitching": False, "normalize_lip": False, **own}
-    own = {"driving_option": "pose-friendly", **own}
+    own = {"stitching": False, "normalize_lip": False, "driving_option": "pose-friendly", **own}
     return ComposeOptions(relative, region, multiplier, LivePortraitOptions(**own))
 
 
