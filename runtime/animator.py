@@ -218,6 +218,7 @@ class Animator:
         options: AnimateOptions | None = None,
         *,
         watch: Stopwatch | None = None,
+        pixels: bool = True,
     ) -> Animation:
         """Animate a source with a driver.
 
@@ -229,6 +230,8 @@ class Animator:
                 ``options.faces`` selects, in that order.
             options: see :class:`AnimateOptions`.
             watch: collects the time of each stage.
+            pixels: frames carry the driver's pictures. Without them a family that reads a driver as a whole first need not
+                decode it twice.
 
         Returns:
             An :class:`Animation`; its frames are made while it is iterated.
@@ -249,7 +252,7 @@ class Animator:
             )
         drivers = [self.open_driver(d, options, watch) for d in several]
         if not isinstance(source, np.ndarray) and sniff_kind(Path(source)) == "video":
-            return self._animate_clip(Path(source), drivers, options, watch)
+            return self._animate_clip(Path(source), drivers, options, watch, pixels)
         rgb = source if isinstance(source, np.ndarray) else read_image(source)
         portraits = list(enumerate(self.prepare_source(rgb, options)))
         if len(portraits) < len(drivers):
@@ -274,7 +277,7 @@ class Animator:
         return Animation(fps, size, expected, still, prefetch(rendered(), _QUEUE, "render"), watch)
 
     def _animate_clip(
-        self, path: Path, drivers: list[Driver], options: AnimateOptions, watch: Stopwatch
+        self, path: Path, drivers: list[Driver], options: AnimateOptions, watch: Stopwatch, pixels: bool
     ) -> Animation:
         """A clip as source: every frame is a source of its own, the drivers' steps are laid on its times."""
         info = probe(path)
@@ -287,14 +290,16 @@ class Animator:
 
         def rendered() -> Iterator[AnimatedFrame]:
             index, any_face = 0, False
+            shown: Sequence[Driver] = drivers
             if whole:
                 cast.record()
+                shown = [d.with_pictures() for d in cast.drivers] if pixels else cast.drivers
                 frames = self._planned(path, fps, cast, options, length, watch)
             else:
                 frames = self._sources(path, fps, options, len(drivers), watch)
             with (
                 prefetch(frames, _QUEUE, "source") as sources,
-                closing(_together(cast.drivers, fps, length)) as steps,
+                closing(_together(shown, fps, length)) as steps,
             ):
                 for (when, rgb, portraits), (_, together) in _paired(sources, steps, length):
                     any_face = any_face or bool(portraits)

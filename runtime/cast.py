@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lp_edge.errors import ConfigError
+from lp_edge.errors import ConfigError, NoFaceError
 from lp_edge.runtime.driver import Driver, DriverFrame
 from lp_edge.runtime.faces import Face, faces_policy, left_to_right
 from lp_edge.runtime.family import Family, Follower, Portrait
@@ -158,15 +158,28 @@ class Slots:
         """How many faces have to be tracked."""
         return 1 if self._largest else _MAX_FACES
 
+    def _check_first(self, count: int) -> None:
+        """The first frame with faces decides how many there are to choose from."""
+        if self._chosen is not None and max(self._chosen) >= count:
+            raise NoFaceError(
+                f"face {max(self._chosen)} was asked for, the clip's first frame with faces shows {count}",
+                f"expected an index from 0 to {count - 1}, counted from left to right",
+                "choose a smaller index",
+            )
+        places = 1 if self._largest else count if self._chosen is None else len(self._chosen)
+        if places < self._drivers:
+            raise too_many_drivers(self._drivers, places)
+
     def assign(self, faces: Sequence[Face]) -> list[tuple[int, Face]]:
         """The visible faces that are animated, with the number of their place among the chosen ones.
 
         Raises:
-            ConfigError: the first frame with faces shows fewer of them than there are drivers.
+            NoFaceError: the first frame with faces shows fewer than an index asks for.
+            ConfigError: it shows fewer than there are drivers.
         """
         seen = left_to_right([f for f in faces if f.visible])
-        if seen and not self._place and (1 if self._largest else len(seen)) < self._drivers:
-            raise too_many_drivers(self._drivers, 1 if self._largest else len(seen))
+        if seen and not self._place:
+            self._check_first(len(seen))
         for face in seen:
             centre = np.asarray(face.points[:, :2], np.float64).mean(0)
             if face.id not in self._slot:

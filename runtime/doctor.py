@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from importlib import metadata
@@ -25,6 +26,7 @@ from lp_edge.engines.backends import BackendConfig, BackendStatus, available_bac
 from lp_edge.engines.bundle import open_bundle
 from lp_edge.engines.ort import CUDA, import_onnxruntime
 from lp_edge.errors import LpEdgeError
+from lp_edge.runtime.families import open_family
 
 __all__ = [
     "BundleStatus",
@@ -410,8 +412,11 @@ def examine_bundle(path: Path | None = None) -> BundleStatus:
     place = "built-in" if path is None else str(path)
     try:
         bundle = open_bundle(path)
+        config = BackendConfig("cpu", threads=1)
         for name in bundle.manifest.networks:
-            bundle.runner(name, BackendConfig("cpu", threads=1)).close()
+            bundle.runner(name, config).close()
+        with ExitStack() as stack:
+            open_family(bundle, config, stack)  # this version knows it, and it is complete
     except LpEdgeError as error:
         detail = f"{error.got}; {error.expected}" if error.expected else error.got
         return BundleStatus(place, False, detail, error.remedy or _REINSTALL)

@@ -86,17 +86,29 @@ class Driver:
             frames = [replace(step, rgb=None) for step in steps]
 
         def start() -> Generator[DriverFrame, None, None]:
-            if self.pictures is None or not pixels:
-                yield from frames
-                return
-            with prefetch(self.pictures(), _QUEUE, "decode driving again") as pictures:
-                for step, rgb in zip(frames, pictures, strict=True):
-                    yield replace(step, rgb=rgb)
+            yield from frames
 
         neutral = self.neutral
         if neutral is None:
             neutral = next((f.motion for f in frames if f.motion is not None), None)
-        return replace(self, expected=len(frames), neutral=neutral, start=start)
+        recorded = replace(self, expected=len(frames), neutral=neutral, start=start)
+        return recorded.with_pictures() if pixels else recorded
+
+    def with_pictures(self) -> Driver:
+        """A recorded driver whose frames carry their pictures, where it has any; they are decoded as it runs."""
+        pictures = self.pictures
+        if pictures is None:
+            return self
+
+        def start() -> Generator[DriverFrame, None, None]:
+            with (
+                closing(self.start()) as steps,
+                prefetch(pictures(), _QUEUE, "decode driving again") as decoded,
+            ):
+                for step, rgb in zip(steps, decoded, strict=True):
+                    yield replace(step, rgb=rgb)
+
+        return replace(self, start=start)
 
 
 class Drivers:

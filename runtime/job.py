@@ -281,7 +281,9 @@ def run_job(
             if drivers is None:
                 wanted: list[DriverInput | None] = [*loaded] or [None]
                 drivers = [animator.open_driver(d, config.options, watch) for d in wanted]
-            animation = animator.animate(config.source, list(drivers), config.options, watch=watch)
+            animation = animator.animate(
+                config.source, list(drivers), config.options, watch=watch, pixels=config.side_by_side
+            )
             with closing(animation):
                 _check_kind(kind, animation, output)
                 recorder = None

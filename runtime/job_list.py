@@ -120,7 +120,7 @@ def jobs_of_list(path: str | Path, base: RunConfig, folder: str | Path) -> tuple
         folder: the output folder.
 
     Raises:
-        MediaError: the file cannot be read or is no text.
+        MediaError: the file, or a keyframe file of a row, cannot be read or is no text.
         ConfigError: a column is unknown or missing, or a row is wrong; the message has its number (the columns' is 1).
     """
     path, folder = Path(path), Path(folder)
@@ -129,8 +129,8 @@ def jobs_of_list(path: str | Path, base: RunConfig, folder: str | Path) -> tuple
         name = f"{path.name}, row {number}"
         try:
             jobs.append(_row_job(name, row, base, path.parent, folder))
-        except ConfigError as error:
-            raise ConfigError(f"{name}: {error.got}", error.expected, error.remedy) from error
+        except (ConfigError, MediaError) as error:
+            raise type(error)(f"{name}: {error.got}", error.expected, error.remedy) from error
         if len(jobs) > MAX_JOBS:
             raise ConfigError(f"{path} has more than {MAX_JOBS} jobs", "expected fewer", "split it")
     if not jobs:
@@ -146,7 +146,12 @@ def _row_job(name: str, row: Mapping[str, str], base: RunConfig, home: Path, fol
     }
     driving = base.driving
     if row.get("driving"):
-        driving = tuple(_driver_path(part.strip(), home) for part in row["driving"].split("|"))
+        parts = [part.strip() for part in row["driving"].split("|")]
+        if not all(parts):
+            raise ConfigError(
+                f"driving is {row['driving']!r}", "expected a driver on both sides of each |", "name it"
+            )
+        driving = tuple(_driver_path(part, home) for part in parts)
     config = with_settings(replace(base, source=home / row["source"], driving=driving), values)
     check_request(config)
     output = row.get("output") or _default_name(config)
@@ -173,7 +178,9 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise MediaError(
-            f"{path} cannot be read ({error.strerror or error})", "expected a CSV file", "check the path"
+            f"{path} cannot be read ({error.strerror or error})",
+            "expected a folder of sources, or a CSV file that lists jobs",
+            "check the path",
         ) from error
     except UnicodeDecodeError as error:
         raise MediaError(f"{path} is no text in UTF-8", "expected a CSV file", "save it as UTF-8") from error

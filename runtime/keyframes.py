@@ -206,7 +206,7 @@ def load_keyframes(path: str | Path, *, fps: Fraction | None = None) -> Keyframe
             data = stream.read(MAX_KEYFRAME_BYTES + 1)
     except OSError as error:
         raise MediaError(
-            f"cannot read {path}: {error.strerror}", "a readable file", "check the path"
+            f"cannot read {path}: {error.strerror}", "expected a readable file", "check the path"
         ) from error
     if len(data) > MAX_KEYFRAME_BYTES:
         raise MediaError(f"{path} is too large", f"expected at most {MAX_KEYFRAME_BYTES} bytes", "cut it")

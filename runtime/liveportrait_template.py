@@ -310,7 +310,7 @@ def read_pickle(path: str | Path) -> Any:
         data = path.read_bytes()
     except OSError as error:
         raise MediaError(
-            f"cannot read {path}: {error.strerror}", "a readable file", "check the path"
+            f"cannot read {path}: {error.strerror}", "expected a readable file", "check the path"
         ) from error
     try:
         return _Machine().run(data)

@@ -13,7 +13,7 @@ What is promised:
 * errors: an exception of any thread is raised in the caller, the same object with its own traceback, after
   the items that were finished before it; everything upstream is told to stop at once;
 * ends: when the consumer stops early (``close``, an exception, Ctrl-C), every thread ends after the item
-  it is working on, generators are closed in the thread that ran them, and no thread is left behind.
+  it is working on, also one that consumes another queue and gives nothing for long, generators are closed in the thread that ran them, and no thread is left behind.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ T = TypeVar("T")
 
 DEFAULT_QUEUE_SIZE = 4
 
+_running = threading.local()  # .channel: the one that this thread fills
+
 
 class _Channel(Generic[T]):
     """A bounded queue with one producer and one consumer that either side may close.
@@ -50,6 +52,8 @@ class _Channel(Generic[T]):
         self._finished = False
         self._error: BaseException | None = None
         self._closed = False
+        # Of the thread that waits for these items: when nobody wants its work, nobody wants this either.
+        self._outer: _Channel[Any] | None = getattr(_running, "channel", None)
 
     def put(self, item: T) -> bool:
         """Wait for room and append; False when the consumer has left."""
@@ -86,7 +90,7 @@ class _Channel(Generic[T]):
 
     @property
     def closed(self) -> bool:
-        return self._closed
+        return self._closed or (self._outer is not None and self._outer.closed)
 
     def close(self) -> None:
         """The consumer leaves: waiting items are dropped and the producer is woken."""
@@ -100,6 +104,7 @@ def _produce(iterable: Iterable[T], channel: _Channel[T]) -> None:
     """Body of the thread: never refers to the Prefetch, so that a forgotten one can be collected."""
     error: BaseException | None = None
     iterator: Iterator[T] | None = None
+    _running.channel = channel
     try:
         iterator = iter(iterable)
         for item in iterator:
@@ -140,6 +145,12 @@ class Prefetch(Iterator[T]):
         return self
 
     def __next__(self) -> T:
+        # A pass that consumes for long before it gives anything (the motion of a whole clip) would not notice otherwise
+        # that its own consumer has left.
+        wanted: _Channel[Any] | None = getattr(_running, "channel", None)
+        if wanted is not None and wanted.closed:
+            self._channel.close()
+            raise GeneratorExit
         if self._thread is None:
             if self._iterable is None:
                 raise StopIteration

@@ -271,7 +271,7 @@ def load_template(
             magic = stream.read(4)
     except OSError as error:
         raise MediaError(
-            f"cannot read {path}: {error.strerror}", "a readable file", "check its permissions"
+            f"cannot read {path}: {error.strerror}", "expected a readable file", "check its permissions"
         ) from error
     if size == 0:
         raise MediaError(f"{path} is empty", "expected a motion template", _REMAKE)

@@ -369,3 +369,16 @@ def test_a_live_driver_gives_what_a_clip_gives(animator: Animator) -> None:
     for i, motion in enumerate(motions):
         assert motion is not None
         assert (again.step_motion(motion, i / 25).rgb == shown[i + 1].rgb).all()
+
+
+@pytest.mark.parametrize("faces", ["2", "0,5"])
+def test_an_index_that_a_source_clip_does_not_show(animator: Animator, tmp_path: Path, faces: str) -> None:
+    source = clip(tmp_path / "s.mkv", [two_faces()] * 3)
+    with pytest.raises(NoFaceError, match="first frame with faces shows 2"):
+        list(animator.animate(source, "nod", AnimateOptions(faces=faces)))
+
+
+def test_more_drivers_than_chosen_faces_of_a_clip(animator: Animator, tmp_path: Path) -> None:
+    source = clip(tmp_path / "s.mkv", [two_faces()] * 3)
+    with pytest.raises(ConfigError, match="2 drivers for 1 face"):
+        list(animator.animate(source, ["nod", "shake"], AnimateOptions(faces="0")))

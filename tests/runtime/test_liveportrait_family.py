@@ -240,3 +240,14 @@ def test_a_live_driver_is_cropped_around_its_face(animator: Animator) -> None:
         ts.append(float(motion.translation[0]))
     assert ts[0] == pytest.approx(0, abs=0.03)
     assert all(b > a for a, b in itertools.pairwise(ts))
+
+
+def test_a_driver_read_as_a_whole_still_shows_its_pictures(animator: Animator, tmp_path: Path) -> None:
+    source = clip(tmp_path / "s.mkv", [frame()] * 4)
+    driver = clip(tmp_path / "d.mkv", [frame(90 + 3 * i, size=(200, 200)) for i in range(4)])
+    options = AnimateOptions(liveportrait=RAW, smooth=False)
+    shown = whole(animator.animate(source, driver, options))
+    assert [centre(f.driver.rgb)[0] for f in shown if f.driver.rgb is not None] == pytest.approx(
+        [89.5 + 3 * i for i in range(4)], abs=0.6
+    )
+    assert all(f.driver.rgb is None for f in animator.animate(source, driver, options, pixels=False))

@@ -281,3 +281,29 @@ except KeyboardInterrupt:
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=20)
     assert out == "left []\n" and process.returncode == 0
+
+
+def test_a_pass_that_gives_nothing_ends_with_its_consumer() -> None:
+    """The middle stage reads an endless inner queue and never yields; who leaves must not wait for it."""
+    started = threading.Event()
+
+    def endless() -> Iterator[int]:
+        while True:
+            started.set()
+            time.sleep(0.001)
+            yield 1
+
+    def swallow() -> Iterator[int]:
+        with prefetch(endless(), 2, "inner") as inner:
+            yield sum(inner)
+
+    before = threading.active_count()
+    outer = prefetch(swallow(), 2, "outer")
+    taker = threading.Thread(target=lambda: next(outer, None), daemon=True)
+    taker.start()
+    assert started.wait(5)
+    begun = time.perf_counter()
+    outer.close()
+    taker.join(5)
+    assert time.perf_counter() - begun < 2
+    assert threading.active_count() == before
