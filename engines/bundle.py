@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lp_edge.engines.backends import BackendConfig, open_runner
+from lp_edge.engines.external import external_files, is_beside
 from lp_edge.engines.ort import describe
 from lp_edge.engines.runner import Runner, TensorSpec
 from lp_edge.errors import BundleError
@@ -90,6 +91,7 @@ class NetworkEntry:
         opset: ONNX opset of the default domain.
         inputs, outputs: every tensor of the graph, in its order.
         parity: figures reached at export against the original, name -> finite number.
+        data: the file beside the graph that holds its weights; None when they are in the graph.
     """
 
     file: str
@@ -100,6 +102,12 @@ class NetworkEntry:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     parity: Mapping[str, float] = field(default_factory=dict, hash=False)
+    data: FileEntry | None = None
+
+    @property
+    def total_size(self) -> int:
+        """Bytes of the graph and its weights."""
+        return self.size + (self.data.size if self.data else 0)
 
 
 @dataclass(frozen=True)
@@ -191,6 +199,8 @@ class Manifest:
         """Every file that the manifest names, with a word for what it is."""
         for name, network in self.networks.items():
             yield f"network {name}", FileEntry(network.file, network.sha256, network.size)
+            if network.data:
+                yield f"weights of {name}", network.data
         for name, entry in self.files.items():
             yield f"file {name}", entry
         for engine in self.engines:
@@ -238,6 +248,7 @@ def _manifest_json(m: Manifest) -> dict[str, Any]:
                 "inputs": [_spec_json(s) for s in n.inputs],
                 "outputs": [_spec_json(s) for s in n.outputs],
                 "parity": dict(n.parity),
+                **({"data": _file_json(n.data)} if n.data else {}),
             }
             for name, n in m.networks.items()
         },
@@ -271,16 +282,16 @@ class _Reader:
             self.fail(f"is {_short(self.value)}", words)
         return self.value
 
-    def record(self, *keys: str) -> dict[str, _Reader]:
-        """An object with exactly these keys."""
+    def record(self, *keys: str, optional: tuple[str, ...] = ()) -> dict[str, _Reader]:
+        """An object with exactly these keys, and perhaps optional ones."""
         value = self._kind(dict, "an object")
         for key in value:
-            if key not in keys:
-                self.fail(f"has the unknown key {key!r}", f"only {', '.join(keys)}")
+            if key not in keys + optional:
+                self.fail(f"has the unknown key {key!r}", f"only {', '.join(keys + optional)}")
         for key in keys:
             if key not in value:
                 self.fail(f"lacks the key {key!r}", f"all of {', '.join(keys)}")
-        return {key: self._at(value[key], key) for key in keys}
+        return {key: self._at(value[key], key) for key in value}
 
     def mapping(self) -> dict[str, _Reader]:
         """An object with free names as keys."""
@@ -354,9 +365,14 @@ def _read_specs(at: _Reader) -> tuple[TensorSpec, ...]:
 
 
 def _read_network(at: _Reader) -> NetworkEntry:
-    r = at.record("file", "sha256", "size", "precision", "opset", "inputs", "outputs", "parity")
+    r = at.record(
+        "file", "sha256", "size", "precision", "opset", "inputs", "outputs", "parity", optional=("data",)
+    )
+    file, data = r["file"].file(), _read_file(r["data"]) if "data" in r else None
+    if data and data.file.rpartition("/")[0] != file.rpartition("/")[0]:
+        r["data"].fail(f"is in another folder than {file}", "weights beside their graph")
     return NetworkEntry(
-        r["file"].file(),
+        file,
         r["sha256"].digest(),
         r["size"].integer(0),
         r["precision"].choice(PRECISIONS),
@@ -364,6 +380,7 @@ def _read_network(at: _Reader) -> NetworkEntry:
         _read_specs(r["inputs"]),
         _read_specs(r["outputs"]),
         {name: value.number() for name, value in r["parity"].mapping().items()},
+        data,
     )
 
 
@@ -585,12 +602,22 @@ class Bundle:
         """A runner for a network whose real inputs and outputs are those of the manifest.
 
         Raises:
-            BundleError: no such network, or its tensors differ from the manifest's.
+            BundleError: no such network, its tensors differ from the manifest's, or it takes weights from another file than
+                the manifest says.
             BackendUnavailable: the backend asked for cannot run here.
             EngineError: the graph cannot be loaded.
         """
         entry = self.network(name)
-        runner = open_runner(self.directory / entry.file, config, name=name)
+        path = self.directory / entry.file
+        verified = entry.data.file.rpartition("/")[2] if entry.data else ""
+        # A file that the manifest does not name was not verified.
+        if other := [file for file in external_files(path) if file != verified]:
+            raise BundleError(
+                f"{path} takes weights from {other[0]!r}",
+                f"expected {verified}, the file of its manifest" if verified else "weights in the graph",
+                self.remedy,
+            )
+        runner = open_runner(path, config, name=name)
         try:
             for kind, real, told in (
                 ("input", runner.inputs, entry.inputs),
@@ -809,15 +836,58 @@ class BundleWriter:
         opset: int,
         parity: Mapping[str, float] | None = None,
         file: str = "",
+        data: bytes | None = None,
     ) -> NetworkEntry:
-        """Add a graph; its tensors are read from it. ``file`` defaults to ``<name>.onnx``."""
-        inputs, outputs = describe(model)
-        entry = self._stage.put(file or f"{name}.onnx", model)
+        """Add a graph; its tensors are read from it.
+
+        Args:
+            file: its name in the bundle; default ``<name>.onnx``.
+            data: content of the file beside it that the graph takes its weights from. For a path it is found there.
+        """
+        file = file or f"{name}.onnx"
+        weights = self._weights(name, model, data)
+        inputs, outputs = ((), ()) if weights else describe(model)
+        entry = self._stage.put(file, model)
+        beside = None
+        if weights:
+            beside = self._stage.put(f"{file.rpartition('/')[0]}/{weights[0]}".lstrip("/"), weights[1])
+            inputs, outputs = describe(self._stage.path / file)
         network = NetworkEntry(
-            entry.file, entry.sha256, entry.size, precision, opset, inputs, outputs, dict(parity or {})
+            entry.file,
+            entry.sha256,
+            entry.size,
+            precision,
+            opset,
+            inputs,
+            outputs,
+            dict(parity or {}),
+            beside,
         )
         self._networks[name] = network
         return network
+
+    @staticmethod
+    def _weights(name: str, model: Path | bytes, data: bytes | None) -> tuple[str, Path | bytes] | None:
+        """Name and content of the one file beside a graph, or None."""
+        try:
+            files = external_files(model)
+        except OSError as error:
+            raise BundleError(
+                f"{model!s} cannot be read ({error})", "expected an ONNX file", _CALLER
+            ) from error
+        if not files and data is None:
+            return None
+        if len(files) != 1 or not is_beside(files[0]):
+            raise BundleError(
+                f"network {name} takes weights from {', '.join(map(repr, files)) or 'no file, but one is given'}",
+                "expected one plain file name",
+                _CALLER,
+            )
+        if data is None and isinstance(model, bytes):
+            raise BundleError(
+                f"network {name} takes weights from {files[0]}", "expected them with its graph", _CALLER
+            )
+        return files[0], model.parent / files[0] if data is None and isinstance(model, Path) else data or b""
 
     def add_file(self, name: str, content: Path | bytes, *, file: str) -> FileEntry:
         """Add a document or a table under ``name``, stored as ``file``."""
@@ -903,9 +973,9 @@ class _Stage:
             self._refuse_foreign()
             with _locked(target.parent):
                 self._clean()
-                self._path = target.with_name(f".{target.name}.staging-{secrets.token_hex(6)}")
-                self._path.mkdir()
-                self._lock = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
+                self.path = target.with_name(f".{target.name}.staging-{secrets.token_hex(6)}")
+                self.path.mkdir()
+                self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
                 fcntl.flock(self._lock, fcntl.LOCK_EX)
         except OSError as error:
             raise self._failed(error) from error
@@ -948,7 +1018,7 @@ class _Stage:
     def put(self, name: str, content: Path | bytes) -> FileEntry:
         """Copy a file into the stage."""
         _Reader(name, "file name", str(self._target), _CALLER).file()
-        place = self._path / name
+        place = self.path / name
         digest = hashlib.sha256()
         size = 0
         try:
@@ -975,18 +1045,18 @@ class _Stage:
     def commit(self, manifest: Manifest) -> Bundle:
         data = _encode(manifest, str(self._target))
         named = {entry.file for _, entry in manifest.contents()}
-        found = {p.relative_to(self._path).as_posix() for p in self._path.rglob("*") if p.is_file()}
+        found = {p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file()}
         if extra := sorted(found - named):
             raise BundleError(
                 f"the manifest of {self._target} does not name {', '.join(extra)}",
                 "expected an entry each",
                 _CALLER,
             )
-        _verify(self._path, manifest, _CALLER)
+        _verify(self.path, manifest, _CALLER)
         away = self._target.with_name(f".{self._target.name}.old-{secrets.token_hex(6)}")
         try:
-            _write(self._path / MANIFEST, data)
-            _sync_tree(self._path)
+            _write(self.path / MANIFEST, data)
+            _sync_tree(self.path)
             with _locked(self._target.parent):
                 self._refuse_foreign()
                 self._swap(away)
@@ -1002,7 +1072,7 @@ class _Stage:
         try:
             if self._target.exists():
                 os.rename(self._target, away)
-            os.rename(self._path, self._target)
+            os.rename(self.path, self._target)
         except BaseException:
             if away.exists() and not self._target.exists():
                 os.rename(away, self._target)
@@ -1013,7 +1083,7 @@ class _Stage:
             self._closed = True
             os.close(self._lock)
             if not self.committed:
-                shutil.rmtree(self._path, ignore_errors=True)
+                shutil.rmtree(self.path, ignore_errors=True)
 
 
 def _glob(name: str) -> str:

@@ -7,6 +7,7 @@ the networks of this project (docs/exporting.md).
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx  # noqa: TID253
 
+from lp_edge.engines.external import is_beside
 from lp_edge.errors import ConfigError, ExportError
 from lp_edge.export.onnx_export import DEFAULT_DOMAINS, opset_of
 
@@ -26,6 +28,7 @@ Severity = Literal["error", "warning"]
 _T = onnx.TensorProto
 _HALF: Final = (_T.FLOAT16, _T.BFLOAT16)
 _GRID_SAMPLE_OPSETS: Final = range(16, 20)
+_AXIS: Final = re.compile(r"[^\W\d]\w*")  # a name in an expression of axes
 
 
 def _words(text: str) -> frozenset[str]:
@@ -261,7 +264,7 @@ def lint(model: onnx.ModelProto, target: str) -> list[Finding]:
     """Look for what the target cannot run or runs wrongly.
 
     Args:
-        model: a valid ONNX model that holds all its weights.
+        model: a valid ONNX model; the values of weights that it does not hold are not looked at.
         target: a name of :data:`TARGETS`.
 
     Returns:
@@ -329,11 +332,17 @@ def _domain(view: _View, target: Target) -> Iterator[_Problem]:
         yield function.name, "a model-local function", "its operators inlined"
 
 
-@_rule("external-data", "the weights are in the file itself, which a bundle hashes and copies")
+@_rule(
+    "external-data", "weights outside the model lie in one file beside it, which a bundle hashes and copies"
+)
 def _external_data(view: _View, target: Target) -> Iterator[_Problem]:
-    for tensor in view.initialisers.values():
-        if tensor.data_location == _T.EXTERNAL:
-            yield tensor.name, "weights in another file", "weights in the model"
+    tensors = [*view.initialisers.values(), *(a.t for node in view.nodes for a in node.attribute)]
+    files = sorted({e.value for tensor in tensors for e in tensor.external_data if e.key == "location"})
+    if len(files) > 1:
+        yield "graph", f"weights in {len(files)} files", "one file"
+    for file in files:
+        if not is_beside(file):
+            yield "graph", f"weights in {file!r}", "a file name without a folder"
 
 
 @_rule("control-flow", "no If, Loop or Scan")
@@ -371,7 +380,7 @@ def _boundary_dtype(view: _View, target: Target) -> Iterator[_Problem]:
 
 @_rule(
     "dynamic-batch",
-    "the first axis of every input and output is dynamic and named, outputs by names of inputs",
+    "the first axis of every input and output is dynamic and named, outputs by names of inputs or expressions of them",
 )
 def _dynamic_batch(view: _View, target: Target) -> Iterator[_Problem]:
     named = {d.dim_param for v in view.inputs.values() for d in v.type.tensor_type.shape.dim}
@@ -381,8 +390,10 @@ def _dynamic_batch(view: _View, target: Target) -> Iterator[_Problem]:
             size = dims[0].dim_value if dims else "no axis"
             yield name, f"{size} in front", "a dynamic axis with a name"
         for dim in dims:
-            if name in view.outputs and dim.dim_param and dim.dim_param not in named:
-                yield name, f"axis {dim.dim_param!r}", "the name of an input's axis"
+            used = set(_AXIS.findall(dim.dim_param))
+            known = dim.dim_param in named or (used and used <= named)
+            if name in view.outputs and dim.dim_param and not known:
+                yield name, f"axis {dim.dim_param!r}", "the name of an input's axis or an expression of such"
             if not dim.dim_param and dim.dim_value < 1:
                 yield name, "an axis of unknown size", "a size or a name"
 

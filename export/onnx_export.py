@@ -26,7 +26,17 @@ from torch.overrides import TorchFunctionMode  # noqa: TID253
 from lp_edge.errors import ExportError
 from lp_edge.runtime.image import cannot_write, create_beside
 
-__all__ = ["DEFAULT_DOMAINS", "Shape", "export_onnx", "node_count", "opset_of", "save", "serialise"]
+__all__ = [
+    "DEFAULT_DOMAINS",
+    "Shape",
+    "export_onnx",
+    "node_count",
+    "opset_of",
+    "save",
+    "serialise",
+    "split_weights",
+    "state_shapes",
+]
 
 Shape = tuple[int | str, ...]
 """Sizes of a tensor; a text is the name of a dynamic axis."""
@@ -35,6 +45,8 @@ DEFAULT_DOMAINS = frozenset({"", "ai.onnx"})
 """The two spellings of the domain of ONNX's own operators."""
 
 _RANKS = {torch.conv2d: 2, torch.conv3d: 3}
+_OUTSIDE = 1024  # bytes from which a tensor goes into the file of weights
+_PAGE = 4096  # files are mapped by pages
 _REPORT = "report this with the versions that lp-doctor prints"
 
 
@@ -175,7 +187,7 @@ def export_onnx(
             "expected each kept tensor to feed an output",
             "keep another tensor",
         )
-    _state_shapes(model, outputs)
+    state_shapes(model, outputs)
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -256,12 +268,18 @@ def _fold(
     ]
 
 
-def _state_shapes(model: onnx.ModelProto, shapes: Mapping[str, Shape]) -> None:
+def state_shapes(model: onnx.ModelProto, shapes: Mapping[str, Shape]) -> None:
     """Write the outputs' shapes into the graph, unless shape inference contradicts them.
 
+    Args:
+        shapes: name of every output -> shape, as for :func:`export_onnx`.
+
     Raises:
-        ExportError: an inferred size differs, or is a number where a dynamic axis is stated.
+        ExportError: the outputs are others; an inferred size differs, or is a number where a dynamic axis is stated.
     """
+    found = [value.name for value in model.graph.output]
+    if set(found) != set(shapes):
+        raise ExportError(f"the graph returns {found}", f"expected {list(shapes)}", "take the right graph")
     for value in model.graph.output:
         value.type.tensor_type.ClearField("shape")
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph.output
@@ -307,6 +325,40 @@ def node_count(model: onnx.ModelProto) -> int:
 def serialise(model: onnx.ModelProto) -> bytes:
     """The model as bytes; equal models give equal bytes."""
     return model.SerializeToString(deterministic=True)
+
+
+def split_weights(model: onnx.ModelProto, location: str) -> tuple[bytes, bytes]:
+    """The model in two parts, graph and weights; the model itself stays as it is.
+
+    ONNX Runtime maps a file of weights, but keeps a second copy of weights that came inside a model. The graph holds the
+    weights' digest, so that the same graph with other weights has other bytes.
+
+    Args:
+        location: name of the weights' file, in the folder of the graph's.
+
+    Returns:
+        The graph as bytes and the content of the file beside it. Equal models give equal bytes.
+
+    Example:
+        >>> graph, data = split_weights(model, "warp_decode.onnx.data")  # doctest: +SKIP
+    """
+    light = onnx.ModelProto()
+    light.CopyFrom(model)
+    outside = [tensor for tensor in light.graph.initializer if len(tensor.raw_data) >= _OUTSIDE]
+    pieces, size = [], 0
+    for tensor in outside:
+        pieces += [bytes(-size % _PAGE), tensor.raw_data]
+        size += len(pieces[-2])
+        for key, value in (("location", location), ("offset", size), ("length", len(tensor.raw_data))):
+            tensor.external_data.add(key=key, value=str(value))
+        size += len(tensor.raw_data)
+        tensor.ClearField("raw_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+    data = b"".join(pieces)
+    digest = hashlib.sha1(data, usedforsecurity=False).hexdigest()  # the one that ONNX defines
+    for tensor in outside:
+        tensor.external_data.add(key="checksum", value=digest)
+    return serialise(light), data
 
 
 def save(model: onnx.ModelProto, path: Path) -> None:

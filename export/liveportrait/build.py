@@ -39,7 +39,7 @@ from lp_edge.export.liveportrait.parity import (
     shapes_of,
 )
 from lp_edge.export.networks import LivePortraitNetworks
-from lp_edge.export.onnx_export import node_count, opset_of, serialise
+from lp_edge.export.onnx_export import node_count, opset_of, serialise, split_weights
 
 __all__ = [
     "FLAVORS",
@@ -66,6 +66,8 @@ _FACES: Final = (names.FACE_DETECTOR, names.FACE_MESH)
 _TABLES: Final = ("canonical", "liveportrait_map")
 _CARDS: Final = ("face_detector_card", "face_mesh_card")
 _KEYPOINTS: Final = 21
+# Bytes of a graph from which its weights go into a file beside it.
+_LARGE: Final = 64 << 20
 # Indices of the keypoints that the reference moves alone in its 'lip' and 'eyes' modes (live_portrait_pipeline.py).
 _LIP: Final = (6, 12, 14, 17, 19, 20)
 _EYES: Final = (11, 13, 15, 16, 18)
@@ -225,13 +227,20 @@ def build(
             )
             inside = model if name == names.WARP_DECODE else None
             report(f"checking {name} against PyTorch")
+            data = None
+            if len(graph) > _LARGE:
+                stored, data = split_weights(model, f"{name}.onnx.data")
             figures = _checked(name, graph, kind, yardstick, inside=inside)
             del model, inside
-            entry = writer.add_network(name, graph, precision=kind, opset=opset, parity=figures)
+            stored = graph if data is None else stored
             del graph
+            entry = writer.add_network(name, stored, precision=kind, opset=opset, parity=figures, data=data)
+            del stored, data
             gc.collect()
             rows.append(
-                NetworkReport(name, nodes, entry.size, opset, kind, figures, time.perf_counter() - begin)
+                NetworkReport(
+                    name, nodes, entry.total_size, opset, kind, figures, time.perf_counter() - begin
+                )
             )
         rows += _copy(builtin, writer)
         writer.add_table(TABLE, yardstick.table())
@@ -274,11 +283,11 @@ def _copy(builtin: Bundle, writer: BundleWriter) -> Iterator[NetworkReport]:
         begin = time.perf_counter()
         entry, path = builtin.network(name), builtin.path_of(name)
         writer.add_network(name, path, precision=entry.precision, opset=entry.opset, parity=entry.parity)
-        nodes = node_count(onnx.load(path))
+        nodes = node_count(onnx.load(path, load_external_data=False))
         yield NetworkReport(
             name,
             nodes,
-            entry.size,
+            entry.total_size,
             entry.opset,
             entry.precision,
             dict(entry.parity),
@@ -385,7 +394,13 @@ def verify(
             figures = _checked(name, file, entry.precision, yardstick)
         rows.append(
             NetworkReport(
-                name, nodes, entry.size, entry.opset, entry.precision, figures, time.perf_counter() - begin
+                name,
+                nodes,
+                entry.total_size,
+                entry.opset,
+                entry.precision,
+                figures,
+                time.perf_counter() - begin,
             )
         )
     return BuildReport(
@@ -451,8 +466,8 @@ def compare(path: Path, *, report: Report = lambda _: None) -> BuildReport:
         rows.append(
             NetworkReport(
                 name,
-                node_count(onnx.load(file)),
-                entry.size,
+                node_count(onnx.load(file, load_external_data=False)),
+                entry.total_size,
                 entry.opset,
                 entry.precision,
                 figures,

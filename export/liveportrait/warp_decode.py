@@ -16,7 +16,7 @@ centre of column i lies at (2i + 1) / W - 1, whereas the network's own grid puts
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn  # noqa: TID253
 from lp_edge.engines import names
 from lp_edge.errors import ConfigError
 
-__all__ = ["Flavor", "PhaseConv", "PlanarConv", "Reductions", "WarpDecode"]
+__all__ = ["DepthConv", "Flavor", "ParityConv", "PhaseConv", "PlanarConv", "Reductions", "WarpDecode"]
 
 Flavor = Literal["main", "tensorrt8"]
 """``main``: opset 17 with InstanceNormalization; ``tensorrt8``: opset 16, made of elementary operators."""
@@ -67,6 +67,11 @@ class Reductions:
         channel_groups: wide maps of the upsampling blocks are made and consumed 64 channels at a time, to save memory.
         keep_blocked: an identity (pooling of one pixel) before SPADE's product, at which ONNX Runtime's CPU kernels
             change to the blocked layout that they then need not leave; costs nothing elsewhere.
+        fast_depth: the last convolution of the hourglass by Winograd's F(2, 3) in depth, that of the masks with shared
+            products for even and odd slices; in float32 only.
+        ordered: ties that make a runtime finish one part before it begins the next. ONNX Runtime walks back from the output
+            and would make the scales and offsets of all blocks before the first block runs; each map that then waits
+            takes memory.
     """
 
     planar_mask: bool = True
@@ -82,6 +87,8 @@ class Reductions:
     normalise_small: bool = True
     channel_groups: bool = True
     keep_blocked: bool = True
+    fast_depth: bool = True
+    ordered: bool = True
 
 
 # -- convolutions ---------------------------------------------------------------------------------------------------
@@ -158,8 +165,8 @@ class PlanarConv(nn.Module):
         self.depth, self.taps, self.plane = depth, taps, outputs * height * width
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, I, D, H, W]`` → ``[N, D, O · H · W]``."""
-        y = self.conv(x.transpose(1, 2).flatten(0, 1))
+        """Slices ``[N · D, I, H, W]`` → ``[N, D, O · H · W]``."""
+        y = self.conv(x)
         return self.gather @ y.reshape(-1, self.depth * self.taps, self.plane)
 
 
@@ -170,6 +177,111 @@ def _interleave(x: Tensor, factor: int, channels: int, size: tuple[int, int]) ->
     # Rows first, columns last: the last step is then a plain matrix transpose.
     x = x.permute(0, 2, 3, 4, 1, 5).reshape(-1, factor, channels * h * factor * w)
     return x.transpose(1, 2).reshape(-1, channels, factor * h, factor * w)
+
+
+class ParityConv(nn.Module):
+    """As :class:`PlanarConv`, with three quarters of the products: even and odd slices share a convolution.
+
+    Let A be the taps that meet slices of the result's own parity, B the others. Even results are A e + B o, odd ones
+    A o + B e (shifted), and A e + B o = (A + B)(e + o) - A o - B e: three convolutions of half the slices and half the taps
+    instead of four (the fast FIR algorithm of two phases).
+
+    Args:
+        weight: ``[O, I, K, K, K]``, K = 3, 7, 11 …, so that the middle tap is odd.
+        bias: ``[O]``.
+        size: depth (even), height and width of the volume.
+    """
+
+    gather: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor, size: tuple[int, int, int]) -> None:
+        super().__init__()
+        outputs, _, taps = weight.shape[:3]
+        depth, height, width = size
+        pairs, middle = depth // 2, taps // 2
+        a, b = list(range(1, taps, 2)), list(range(0, taps, 2))
+        slices = weight.unbind(2)
+        # (A + B) by offset in pairs: tap 2 k of B stands beside tap 2 k - 1 of A.
+        both = [slices[t] + slices[t - 1] if t else slices[t] for t in b]
+        zero = torch.zeros_like(bias)
+
+        def conv(kernels: list[Tensor], biased: int, times: int) -> nn.Module:
+            return _conv(
+                torch.cat(kernels),
+                torch.cat([bias * times if i == biased else zero for i in range(len(kernels))]),
+            )
+
+        self.odd = conv([slices[t] for t in a], a.index(middle), 1)
+        self.even = conv([slices[t] for t in b], -1, 0)
+        self.both = conv(both, b.index(middle + 1), 2)  # twice: even results lose it once with A o
+        parts = [torch.zeros(depth, pairs, n) for n in (len(a), len(b), len(b))]
+        for i in range(pairs):
+            for n, t in enumerate(a):
+                if 0 <= (j := i + (t - middle) // 2) < pairs:
+                    parts[0][2 * i, j, n], parts[0][2 * i + 1, j, n] = -1.0, 1.0
+            for n, t in enumerate(b):
+                j = i + (t - middle - 1) // 2
+                if 0 <= j < pairs:
+                    parts[1][2 * i, j, n], parts[2][2 * i, j, n] = -1.0, 1.0
+                if 0 <= j + 1 < pairs:
+                    parts[1][2 * i + 1, j + 1, n] = 1.0
+        self.register_buffer("gather", torch.cat([part.flatten(1) for part in parts], 1))
+        self.inputs, self.pairs, self.size = int(weight.shape[1]), pairs, (height, width)
+        self.counts, self.plane = [pairs * n for n in (len(a), len(b), len(b))], outputs * height * width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Slices ``[N · D, I, H, W]`` → ``[N, D, O · H · W]``."""
+        even, odd = x.reshape(-1, 2 * self.inputs, *self.size).split(self.inputs, 1)
+        products = [
+            conv(part).reshape(-1, count, self.plane)
+            for conv, part, count in zip(
+                (self.odd, self.even, self.both), (odd, even, even + odd), self.counts, strict=True
+            )
+        ]
+        return self.gather @ torch.cat(products, 1)
+
+
+class DepthConv(nn.Module):
+    """A 3x3x3 convolution of slices as four 2-D ones per two slices: Winograd's F(2, 3) in depth, 4 products instead of 6.
+
+    With inputs a, b, c, d and taps p, q, r: ap + bq + cr = m0 + m1 + m2 and bp + cq + dr = m1 - m2 + m3 for
+    m0 = (a - c) p, m1 = (b + c) (p + q + r) / 2, m2 = (c - b) (p - q + r) / 2, m3 = (d - b) r (Lavin and Gray, 2015, section 4).
+
+    Args:
+        weight: ``[O, I, 3, 3, 3]``.
+        bias: ``[O]``.
+        size: depth (even), height and width.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, size: tuple[int, int, int]) -> None:
+        super().__init__()
+        p, q, r = weight.unbind(2)
+        self.outputs, self.inputs, self.size = int(weight.shape[0]), int(weight.shape[1]), size
+        self.convs = nn.ModuleList(
+            (
+                _conv(p, None),
+                _conv((p + q + r) / 2, bias),  # part of both results
+                _conv((p - q + r) / 2, None),
+                _conv(r, None),
+            )
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Slices ``[N · D, I, H, W]`` → ``[N · D, O, H, W]``."""
+        depth, height, width = self.size
+        pairs = depth // 2
+
+        def flat(t: Tensor) -> Tensor:
+            return t.reshape(-1, self.inputs, height, width)
+
+        even, odd = x.reshape(-1, pairs, 2 * self.inputs, height, width).split(self.inputs, 2)
+        before = torch.cat((odd[:, :1] * 0, odd[:, :-1]), 1)
+        after = torch.cat((even[:, 1:], even[:, :1] * 0), 1)
+        m0, m1, m2, m3 = (
+            conv(flat(t))
+            for conv, t in zip(self.convs, (before - odd, even + odd, odd - even, after - even), strict=True)
+        )
+        return torch.cat((m0 + (m1 + m2), m3 + (m1 - m2)), 1).reshape(-1, self.outputs, height, width)
 
 
 class PhaseConv(nn.Module):
@@ -267,6 +379,12 @@ def _padded(x: Tensor, dim: int, size: int) -> Tensor:
 
 def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
+
+
+def _after(x: Tensor, done: Tensor) -> Tensor:
+    """``x``, to be used when ``done [N, C, H, W]`` is there: a runtime cannot know that the product is always zero."""
+    # The first pixel by pooling, with steps as wide as the largest map: unlike a slice it needs no change of layout.
+    return x + 0.0 * F.avg_pool2d(done, 1, 4 * _SIDE)[:, :1]
 
 
 # -- W --------------------------------------------------------------------------------------------------------------
@@ -380,15 +498,20 @@ class DenseMotion(nn.Module):
         outputs = [*range(narrow), *(narrow + i for i in order)]
         w = _padded(w[:, outputs], 1, width)
         rows = -(-w.shape[0] // block) * block
-        self.last = _conv(_padded(w, 0, rows), _padded(b, 0, rows))
+        w, b = _padded(w, 0, rows), _padded(b, 0, rows)
+        size = (_DEPTH, _SIDE, _SIDE)
+        # Differences of products cost accuracy that half precision does not have, and tensor cores do not need it.
+        self.fast = reductions.fast_depth and dtype == torch.float32
+        self.last = DepthConv(w, b, size) if self.fast else _conv(w, b)
         w, bias = _weights(state, "mask")
         w = _padded(w, 1, rows)
-        self.mask = PlanarConv(w, bias, (_DEPTH, _SIDE, _SIDE)) if reductions.planar_mask else _conv(w, bias)
-        self.planar = reductions.planar_mask
+        planar = ParityConv if self.fast else PlanarConv
+        self.mask = planar(w, bias, size) if reductions.planar_mask else _conv(w, bias)
+        self.planar, self.rows, self.width = reductions.planar_mask, int(rows), int(width)
 
         w, bias = _weights(state, "occlusion")  # [1, C · D, 7, 7]
         taps = w.shape[-1]
-        w = _padded(w.reshape(1, -1, _DEPTH, taps, taps), 1, rows).flatten(1, 2)
+        w = _padded(w.reshape(1, -1, _DEPTH, taps, taps), 1, rows).transpose(1, 2).flatten(1, 2)
         self.occlusion: nn.Module
         if reductions.split_occlusion:
             per_tap = w[0].permute(1, 2, 0).flatten(0, 1)[..., None, None]
@@ -412,10 +535,17 @@ class DenseMotion(nn.Module):
         x = levels.pop()
         for conv in self.up:
             x = torch.cat((F.relu(conv(x)), levels.pop()), 1)
-        x = F.relu(self.last(x))
-
-        area = _SIDE * _SIDE
-        logits = _to(self.mask(x), torch.float32)
+        rows, area = self.rows, _SIDE * _SIDE
+        if self.fast:
+            x = x.transpose(1, 2).reshape(-1, self.width, _SIDE, _SIDE)
+            slices = F.relu(self.last(x))
+        else:
+            slices = F.relu(self.last(x)).transpose(1, 2).reshape(-1, rows, _SIDE, _SIDE)
+        if self.planar:
+            logits = self.mask(slices)
+        else:
+            logits = self.mask(slices.reshape(-1, _DEPTH, rows, _SIDE, _SIDE).transpose(1, 2))
+        logits = _to(logits, torch.float32)
         if self.planar:
             mask = logits.reshape(-1, _DEPTH, _MOTIONS, area).softmax(2)
             moved = (shift.transpose(1, 2)[:, None] @ mask).transpose(2, 3)
@@ -423,7 +553,7 @@ class DenseMotion(nn.Module):
             mask = logits.reshape(-1, _MOTIONS, _DEPTH * area).softmax(1)
             moved = (shift.transpose(1, 2) @ mask).transpose(1, 2)
         deformation = self.identity + moved.reshape(-1, _DEPTH, _SIDE, _SIDE, 3)
-        occlusion = self.occlusion(x.flatten(1, 2))
+        occlusion = self.occlusion(slices.reshape(-1, _DEPTH * rows, _SIDE, _SIDE))
         return deformation, torch.sigmoid(_to(occlusion, torch.float32))
 
 
@@ -588,6 +718,8 @@ class _ModulatedConv(nn.Module):
         starts = range(0, int(weight.shape[1]), group)
         self.group, self.slope, self.enlarge, self.fold = group, slope, enlarge, fold
         self.keep_blocked = reductions.keep_blocked
+        # Groups in a chain have their scales and offsets made before it, groups at will their partial results.
+        self.ordered = reductions.ordered and group * (1 if fold else 2) <= int(weight.shape[0])
         self.modulations = nn.ModuleList(
             _Modulation(state, key, slice(i, i + group), reductions.merge_gamma_beta, not fold)
             for i in starts
@@ -602,6 +734,8 @@ class _ModulatedConv(nn.Module):
         out = self.shift(hidden) if self.fold else None
         parts = normalised.split(self.group, 1) if len(self.convs) > 1 else (normalised,)
         for n, modulation, conv in zip(parts, self.modulations, self.convs, strict=True):
+            if self.ordered and out is not None and len(self.convs) > 1:
+                n = _after(n, out)
             if self.keep_blocked:
                 n = F.avg_pool2d(n, 1)
             if self.enlarge:
@@ -621,7 +755,7 @@ class _Block(nn.Module):
         uses = [f"{key}.norm_0", f"{key}.norm_1", *([f"{key}.norm_s"] if self.shortcut else [])]
         firsts = [_weights(state, f"{use}.mlp_shared.0") for use in uses]
         self.hidden = int(firsts[0][0].shape[0])
-        self.merge = reductions.merge_shared
+        self.merge, self.ordered = reductions.merge_shared, reductions.ordered
         if self.merge:
             firsts = [(torch.cat([w for w, _ in firsts]), torch.cat([b for _, b in firsts]))]
 
@@ -653,14 +787,20 @@ class _Block(nn.Module):
         self.norm_0, self.norm_1 = (InstanceNorm(c, decomposed) for c in (inputs, middle))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        hidden: Sequence[Tensor] = [F.relu(conv(condition)) for conv in self.shared]
-        if self.merge:
-            hidden = hidden[0].split(self.hidden, 1)
+        merged = F.relu(self.shared[0](condition)).split(self.hidden, 1) if self.merge else ()
+
+        def hidden(use: int, done: Tensor) -> Tensor:
+            """The SPADE's own view of the condition, made when ``done`` is there."""
+            if merged:
+                return merged[use]
+            return F.relu(self.shared[use](_after(condition, done) if self.ordered else condition))
+
         if self.enlarge_first:
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         n = self.norm_0(x)
-        y = self.conv_s(n, hidden[2]) if self.shortcut else x
-        return y + self.conv_1(self.norm_1(self.conv_0(n, hidden[0])), hidden[1])
+        y = self.conv_s(n, hidden(2, x)) if self.shortcut else x
+        z = self.conv_0(n, hidden(0, y))
+        return y + self.conv_1(self.norm_1(z), hidden(1, z))
 
 
 # -- the whole ------------------------------------------------------------------------------------------------------

@@ -6,11 +6,8 @@ parity check; the warp has no weights and is exported here. Takes about ten seco
 
 from __future__ import annotations
 
-import io
-import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +21,10 @@ from lp_edge.engines import names
 from lp_edge.engines.backends import BackendConfig, open_runner
 from lp_edge.engines.bundle import Bundle, BundleWriter, builtin_directory, open_bundle
 from lp_edge.errors import ExportError
+from lp_edge.export.lint import TARGETS, check
 from lp_edge.export.mesh.warp import MeshWarp
+from lp_edge.export.onnx_export import Shape, export_onnx, node_count, opset_of, serialise, state_shapes
+from lp_edge.export.training import face_detector, face_mesh
 from lp_edge.runtime import topology
 from lp_edge.runtime.face_motion import Canonical
 from lp_edge.runtime.geometry import rotation_from_euler
@@ -32,9 +32,8 @@ from lp_edge.runtime.geometry import rotation_from_euler
 __all__ = ["TOLERANCES", "BuildReport", "NetworkReport", "build", "export_warp", "verify"]
 
 _OPSET = 17
-# TensorRT up to 11.1 knows GridSample's modes by the names of opset 16-19 only.
-_GRID_SAMPLE_OPSETS = range(16, 20)
 _NETWORKS = (names.FACE_DETECTOR, names.FACE_MESH, names.WARP_DECODE)
+_SHAPES = {names.FACE_DETECTOR: face_detector.SHAPES, names.FACE_MESH: face_mesh.SHAPES}
 _CARDS = ("face_detector.md", "face_mesh.md")
 _TABLES = ("canonical", "liveportrait_map")
 
@@ -74,64 +73,39 @@ def export_warp(canonical: npt.NDArray[np.float32]) -> tuple[MeshWarp, bytes]:
         canonical: float32 ``[478, 3]`` canonical face.
 
     Raises:
-        ExportError: the exporter did not honour the opset.
+        ExportError: as :func:`~lp_edge.export.onnx_export.export_onnx`.
     """
     module = MeshWarp(canonical).eval()
     # two faces in a picture that is not square: no axis may be mistaken for another
     source, driving = next(_cases(canonical, 2, 160, 128))[1:]
     image = torch.zeros(1, 160, 128, 3, dtype=torch.uint8)
-    axes = {
-        names.SOURCE_IMAGE: {0: "sources", 1: "height", 2: "width"},
-        names.KP_SOURCE: {0: "batch"},
-        names.KP_DRIVING: {0: "batch"},
-        names.IMAGE: {0: "batch", 1: "height", 2: "width"},
-        names.DEFORMATION: {0: "batch"},
-    }
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        # The TorchScript exporter is asked for on purpose: it keeps opset 17 and dynamic sizes without a detour over newer opsets.
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            module,
-            (image, torch.from_numpy(source), torch.from_numpy(driving)),
-            buffer,  # type: ignore[arg-type,unused-ignore]
-            input_names=[names.SOURCE_IMAGE, names.KP_SOURCE, names.KP_DRIVING],
-            output_names=[names.IMAGE, names.DEFORMATION],
-            dynamic_axes=axes,
-            opset_version=_OPSET,
-            dynamo=False,
-        )
-    model = onnx.load_from_string(buffer.getvalue())
     grid = module.config.grid
-    shapes: dict[str, tuple[int | str, ...]] = {
-        names.IMAGE: ("batch", "height", "width", 3),
-        names.DEFORMATION: ("batch", grid, grid, 2),
-    }
-    _state_shapes(model, shapes)
-    onnx.checker.check_model(model, full_check=True)
-    opset = _opset(model)
-    if opset not in _GRID_SAMPLE_OPSETS:
-        raise ExportError(
-            f"the warp came out at opset {opset}", "expected 16 to 19", "use the pinned torch version"
-        )
-    return module, model.SerializeToString(deterministic=True)
+    model = export_onnx(
+        module,
+        {
+            names.SOURCE_IMAGE: image,
+            names.KP_SOURCE: torch.from_numpy(source),
+            names.KP_DRIVING: torch.from_numpy(driving),
+        },
+        {
+            names.IMAGE: ("batch", "height", "width", 3),
+            names.DEFORMATION: ("batch", grid, grid, 2),
+        },
+        {
+            names.SOURCE_IMAGE: {0: "sources", 1: "height", 2: "width"},
+            names.KP_SOURCE: {0: "batch"},
+            names.KP_DRIVING: {0: "batch"},
+        },
+        _OPSET,
+    )
+    return module, serialise(model)
 
 
-def _state_shapes(model: onnx.ModelProto, shapes: dict[str, tuple[int | str, ...]]) -> None:
-    """Write the outputs' shapes: the exporter leaves made-up names where it cannot follow a size.
-
-    The checker that runs next would refuse a shape that the graph contradicts.
-    """
-    for value in model.graph.output:
-        for dim, size in zip(value.type.tensor_type.shape.dim, shapes[value.name], strict=True):
-            if isinstance(size, int):
-                dim.dim_value = size
-            else:
-                dim.dim_param = size
-
-
-def _opset(model: onnx.ModelProto) -> int:
-    return next(int(o.version) for o in model.opset_import if o.domain in ("", "ai.onnx"))
+def _trained(path: Path, shapes: Mapping[str, Shape]) -> bytes:
+    """A trained network with the shapes of its outputs stated; nodes and weights stay as they are."""
+    model = onnx.load(path)
+    state_shapes(model, shapes)
+    return serialise(model)
 
 
 def _cases(
@@ -195,7 +169,7 @@ def build(
         report: gets one line of text per step.
 
     Raises:
-        ExportError: parity is broken or a file of ``weights`` is missing.
+        ExportError: parity is broken, a graph fails the linter, or a file of ``weights`` is missing.
         BundleError: the output cannot be written.
     """
     start = time.perf_counter()
@@ -211,47 +185,39 @@ def build(
     tables = {name: dict(np.load(origin / f"{name}.npz", allow_pickle=False)) for name in _TABLES}
     canonical = Canonical.from_table(tables["canonical"])
     rows: list[NetworkReport] = []
-    # The origin may be the output itself, so everything is read before anything is replaced.
-    with tempfile.TemporaryDirectory(prefix="lp-export-") as scratch:
-        with BundleWriter(
-            output,
-            family="mesh",
-            variant="default",
-            licence="Apache-2.0",
-            created_by=f"lp-edge {metadata.version('lp-edge')}",
-            keypoints=topology.NUM_POINTS,
-            normalisation="uint8 RGB in and out; scaling is in the graphs",
-            regions={name: tuple(indices) for name, indices in topology.REGIONS.items()},
-        ) as writer:
-            for name in _NETWORKS:
-                begin = time.perf_counter()
-                parity: dict[str, float] = {}
-                if name == names.WARP_DECODE:
-                    report(f"exporting {name}")
-                    module, graph = export_warp(canonical.points)
-                    report(f"checking {name} against PyTorch")
-                    parity = verify(module, graph)
-                    path = Path(scratch) / f"{name}.onnx"
-                    path.write_bytes(graph)
-                else:
-                    report(f"adding {name}")
-                    path = origin / f"{name}.onnx"
-                model = onnx.load(path)
-                entry = writer.add_network(name, path, precision="fp32", opset=_opset(model), parity=parity)
-                rows.append(
-                    NetworkReport(
-                        name,
-                        len(model.graph.node),
-                        entry.size,
-                        entry.opset,
-                        parity,
-                        time.perf_counter() - begin,
-                    )
-                )
-            for name, table in tables.items():
-                writer.add_table(name, table)
-            for card in _CARDS:
-                writer.add_file(f"{Path(card).stem}_card", origin / card, file=card)
-        bundle: Bundle = open_bundle(output)
+    with BundleWriter(
+        output,
+        family="mesh",
+        variant="default",
+        licence="Apache-2.0",
+        created_by=f"lp-edge {metadata.version('lp-edge')}",
+        keypoints=topology.NUM_POINTS,
+        normalisation="uint8 RGB in and out; scaling is in the graphs",
+        regions={name: tuple(indices) for name, indices in topology.REGIONS.items()},
+    ) as writer:
+        for name in _NETWORKS:
+            begin = time.perf_counter()
+            parity: dict[str, float] = {}
+            if name == names.WARP_DECODE:
+                report(f"exporting {name}")
+                module, graph = export_warp(canonical.points)
+                report(f"checking {name} against PyTorch")
+                parity = verify(module, graph)
+            else:
+                report(f"adding {name}")
+                graph = _trained(origin / f"{name}.onnx", _SHAPES[name])
+            model = onnx.load_from_string(graph)
+            # The family has no flavours: its graphs go everywhere.
+            for target in TARGETS:
+                for warning in check(model, target, name):
+                    report(f"{name}: {target}: {warning}")
+            entry = writer.add_network(name, graph, precision="fp32", opset=opset_of(model), parity=parity)
+            seconds = time.perf_counter() - begin
+            rows.append(NetworkReport(name, node_count(model), entry.size, entry.opset, parity, seconds))
+        for name, table in tables.items():
+            writer.add_table(name, table)
+        for card in _CARDS:
+            writer.add_file(f"{Path(card).stem}_card", origin / card, file=card)
+    bundle: Bundle = open_bundle(output)
     report(f"wrote {bundle.directory}")
     return BuildReport(output, tuple(rows), time.perf_counter() - start)

@@ -434,7 +434,8 @@ class MeshWarp(nn.Module):
         gx, gy = self._axis(c.grid, width), self._axis(c.grid, height)
         deformation = torch.stack((gx[None, None] + field[:, 0], gy[None, :, None] + field[:, 1]), -1)
 
-        pixels = image.permute(0, 3, 1, 2).to(torch.float32).expand(n, -1, -1, -1)
+        # Not every target moves uint8 around: it is cast right at the graph's input and output.
+        pixels = image.to(torch.float32).permute(0, 3, 1, 2).expand(n, -1, -1, -1)
         to_unit = torch.stack((2 / width, 2 / height))
         lip = (kp_source[:, self.lips, :2] + 0.5) * to_unit - 1
         lip_colour = F.grid_sample(
@@ -474,7 +475,8 @@ class MeshWarp(nn.Module):
         grid_y = (planes[:, 1] + py[None, :, None]).clamp(py[0], py[-1])
         grid = torch.stack((grid_x, grid_y), -1)
         warped = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-        out = warped + planes[:, 2:3] * (dark - warped) + F.relu(planes[:, 3:]) * tooth
-        out = out + F.relu(-planes[:, 3:]) * tongue
-        out = torch.round(out).to(torch.uint8)  # a blend of colours within 0..255 stays there
-        return out.permute(0, 2, 3, 1), deformation
+        # Both colours are positive, so that the larger product is that of teeth above 0 and of the tongue below.
+        shade = planes[:, 3:]
+        out = warped + planes[:, 2:3] * (dark - warped) + torch.maximum(shade * tooth, shade * -tongue)
+        out = torch.round(out).permute(0, 2, 3, 1)
+        return out.to(torch.uint8), deformation  # a blend of colours within 0..255 stays there

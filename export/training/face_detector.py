@@ -31,7 +31,9 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: TID253
 from torch import nn  # noqa: TID253
 from torch.nn import functional  # noqa: TID253
 
+from lp_edge.engines import names
 from lp_edge.errors import ConfigError
+from lp_edge.export.onnx_export import Shape
 from lp_edge.export.training.detector_data import (
     IGNORED,
     POSITIVE,
@@ -51,6 +53,14 @@ BOX_UNIT = 4.0
 """Sides and points are predicted in units of BOX_UNIT strides."""
 LOG_LIMIT = 3.0
 OUTPUTS = 1 + 4 + 10
+CELLS = "5*H*W//1024+(H+32)//64*((W+32)//64)"
+"""Number of cells at all strides of a picture [H,W] (multiples of 32): H·W/16² + H·W/32² + ⌈H/64⌉·⌈W/64⌉."""
+SHAPES: dict[str, Shape] = {
+    names.BOXES: ("N", CELLS, 4),
+    names.SCORES: ("N", CELLS),
+    names.POINTS: ("N", CELLS, 5, 2),
+}
+"""Outputs of the graph, M = CELLS."""
 
 
 @dataclass(frozen=True)
@@ -422,7 +432,7 @@ def to_onnx(net: DetectorNet) -> Any:
     """The ONNX model of `net`: opset 17, batch normalisation folded, decoding included.
 
     `image` uint8 [N,H,W,3] RGB, H and W multiples of 32, to `boxes` float32 [N,M,4] (x0, y0, x1, y1), `scores` float32
-    [N,M] (probability) and `points` float32 [N,M,5,2], both in pixels of `image`.
+    [N,M] (probability) and `points` float32 [N,M,5,2], both in pixels of `image`; M is `CELLS`.
     """
     graph = _Graph()
     x = graph.node("Cast", "image", to=TensorProto.FLOAT)
@@ -473,11 +483,7 @@ def to_onnx(net: DetectorNet) -> Any:
             graph.nodes,
             "face_detector",
             [helper.make_tensor_value_info("image", TensorProto.UINT8, ["N", "H", "W", 3])],
-            [
-                helper.make_tensor_value_info("boxes", TensorProto.FLOAT, ["N", "M", 4]),
-                helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["N", "M"]),
-                helper.make_tensor_value_info("points", TensorProto.FLOAT, ["N", "M", 5, 2]),
-            ],
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in SHAPES.items()],
             list(graph.constants.values()),
         ),
         opset_imports=[helper.make_opsetid("", 17)],

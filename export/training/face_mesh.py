@@ -32,6 +32,8 @@ import numpy as np
 import torch  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 
+from lp_edge.engines import names
+from lp_edge.export.onnx_export import Shape, save, state_shapes
 from lp_edge.export.training import face_topology as topo
 from lp_edge.export.training.augment import F32, U8, AugmentConfig, crop_matrix, face_frame, random_geometry
 from lp_edge.export.training.face_mesh_data import (
@@ -46,6 +48,9 @@ from lp_edge.export.training.face_mesh_data import (
     negative_crop,
     read_rgb,
 )
+
+SHAPES: dict[str, Shape] = {names.POINTS: ("N", topo.POINTS, 3), names.SCORE: ("N", 1)}
+"""Outputs of the graph."""
 
 # fmt: off
 ANCHORS: tuple[int, ...] = (
@@ -661,6 +666,8 @@ def export_onnx(net: FaceMeshNet, target: Path) -> float:
             dynamo=False,
         )
     model = onnx.load(str(part))
+    state_shapes(model, SHAPES)
+    save(model, part)
     onnx.checker.check_model(model, full_check=True)
     session = onnxruntime.InferenceSession(str(part), providers=["CPUExecutionProvider"])
     worst = 0.0

@@ -33,11 +33,21 @@ MIX = "float[3] s = {1,1,1}, float[3] b = {0,0,0}, float[3] m = {0,0,0}, float[3
 KERNEL = "float[3,3,1,1] w = {1,0,0,0,1,0,0,0,1}"
 
 
-def external() -> onnx.ModelProto:
-    model = parse("y = Add(x, w)", weights="float[1] w = {1}")
-    tensor = model.graph.initializer[0]
-    tensor.data_location = onnx.TensorProto.EXTERNAL
-    tensor.external_data.add(key="location", value="weights.bin")
+def external(*locations: str) -> onnx.ModelProto:
+    model = parse("z = Add(x, w) y = Add(z, v)", weights="float[1] w = {1}, float[1] v = {2}")
+    for tensor, location in zip(model.graph.initializer, locations, strict=True):
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value=location)
+    return model
+
+
+def stated(*axes: str) -> onnx.ModelProto:
+    """A graph whose output has axes with these names, which the parser would not take."""
+    model = parse(
+        "y = Reshape(x, s)", inputs="float[n,h] x", outputs="float[n,h] y", weights="int64[2] s = {0,-1}"
+    )
+    for dim, name in zip(model.graph.output[0].type.tensor_type.shape.dim, axes, strict=True):
+        dim.dim_param = name
     return model
 
 
@@ -82,7 +92,16 @@ CASES: dict[str, tuple[str, onnx.ModelProto, list[onnx.ModelProto]]] = {
     "opset": ("main", RELU, [parse("y = Relu(x)", opset=18), parse("y = Relu(x)", opset=15)]),
     "ir-version": ("tensorrt8", RELU, [parse("y = Relu(x)", ir=9)]),
     "domain": ("main", RELU, [parse("y = other.Relu(x)"), with_function()]),
-    "external-data": ("main", parse("y = Add(x, w)", weights="float[1] w = {1}"), [external()]),
+    "external-data": (
+        "main",
+        external("w.data", "w.data"),
+        [
+            external("w.data", "v.data"),
+            external("../w.data", "../w.data"),
+            external("/etc/w", "/etc/w"),
+            external("a/w", "a/w"),
+        ],
+    ),
     "control-flow": ("main", RELU, [control_flow()]),
     "operator": (
         "tensorrt8",
@@ -114,6 +133,9 @@ CASES: dict[str, tuple[str, onnx.ModelProto, list[onnx.ModelProto]]] = {
             parse("y = Relu(x)", inputs="float[1,3] x", outputs="float[1,3] y"),
             parse("y = Relu(x)", inputs="float[n,3] x", outputs="float[m,3] y"),
             parse("y = Relu(x)", inputs="float[n,?] x", outputs="float[n,3] y"),
+            stated("n", "h*k"),
+            stated("n", "Mulpoints_dim_1"),
+            stated("n", "?"),
             parse("y = ReduceSum<keepdims=0>(x)", outputs="float y"),
         ],
     ),
@@ -327,6 +349,10 @@ def test_wide_integers_are_fine_for_newer_targets() -> None:
 def test_empty_operand_is_not_a_constant() -> None:
     # The scales of Resize stand behind an empty name.
     assert broken(CASES["rank"][1], "main") == set()
+
+
+def test_output_axis_may_be_an_expression_of_input_axes() -> None:
+    assert not linter.lint(stated("n", "3*h//2 + (n+1)"), "main")
 
 
 def test_nearest_resize_takes_volumes() -> None:

@@ -458,6 +458,24 @@ def test_the_default_folder_says_what_is_in_it() -> None:
     assert driver.default_output("animal", "fp16", "tensorrt8") == Path("liveportrait-animal-fp16-tensorrt8")
 
 
+def test_weights_of_large_graphs_lie_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "_LARGE", 100_000)
+    result = build(tmp_path / "b")
+    bundle = open_bundle(tmp_path / "b")
+    sizes = {row.name: row.size for row in result.networks}
+    large = {n: e.data for n, e in bundle.manifest.networks.items() if n in parity.NETWORKS and e.data}
+    assert names.APPEARANCE in large and names.RETARGET_LIP not in large
+    for name, data in large.items():
+        assert data.file == f"{name}.onnx.data" and data.size > 90_000
+        assert sizes[name] == data.size + bundle.path_of(name).stat().st_size
+    again = driver.verify(tmp_path / "b")
+    assert {row.name: row.size for row in again.networks}.items() <= sizes.items()
+    path = tmp_path / "b" / f"{names.APPEARANCE}.onnx.data"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(BundleError, match=r"weights of appearance.* truncated"):
+        driver.verify(tmp_path / "b")
+
+
 # -- a finished bundle ------------------------------------------------------------------------------------
 
 

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="the export extra (torch) is not installed")
-pytest.importorskip("onnx", reason="the export extra (onnx) is not installed")
+onnx = pytest.importorskip("onnx", reason="the export extra (onnx) is not installed")
 
 from lp_edge.engines import names
 from lp_edge.engines.backends import BackendConfig, open_runner
+from lp_edge.engines.bundle import builtin_directory, open_bundle
 from lp_edge.errors import ExportError
+from lp_edge.export.lint import TARGETS, check, lint
 from lp_edge.export.mesh import build
 from lp_edge.export.mesh.warp import MeshWarp
 from lp_edge.runtime import topology
@@ -174,8 +178,6 @@ def test_broken_parity_is_an_error() -> None:
 
 
 def test_build_writes_a_bundle_that_opens(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lp_edge.engines.bundle import open_bundle
-
     monkeypatch.setattr(build, "verify", lambda *_: {"image_max": 0.0})  # checked above
     lines: list[str] = []
     report = build.build(tmp_path / "bundle", report=lines.append)
@@ -183,6 +185,43 @@ def test_build_writes_a_bundle_that_opens(tmp_path, monkeypatch: pytest.MonkeyPa
     assert [row.name for row in report.networks] == list(bundle.manifest.networks)
     assert bundle.manifest.keypoints == 478
     assert lines
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", [names.FACE_DETECTOR, names.FACE_MESH, names.WARP_DECODE])
+def test_built_in_graphs_pass_the_linter(name: str, target: str) -> None:
+    model = onnx.load(builtin_directory() / f"{name}.onnx")
+    assert lint(model, target) == []
+
+
+def test_build_refuses_what_the_linter_refuses(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shapes that the exporter made up for the outputs, as in older files, are stated anew; other faults are not mended."""
+    origin = tmp_path / "origin"
+    shutil.copytree(builtin_directory(), origin)
+    model = onnx.load(origin / "face_mesh.onnx")
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "Mulpoints_dim_1"
+    with pytest.raises(ExportError, match="dynamic-batch"):
+        check(model, "main", "face_mesh")
+    onnx.save(model, origin / "face_mesh.onnx")
+    monkeypatch.setattr(build, "verify", lambda *_: {"image_max": 0.0})
+    build.build(tmp_path / "bundle", weights=origin)
+    mended = onnx.load(tmp_path / "bundle" / "face_mesh.onnx")
+    assert mended == onnx.load(builtin_directory() / "face_mesh.onnx")
+
+    model.graph.node.append(onnx.helper.make_node("Relu", ["score"], ["idle"], "idle"))
+    onnx.save(model, origin / "face_mesh.onnx")
+    with pytest.raises(ExportError, match="idle"):
+        build.build(tmp_path / "other", weights=origin)
+    assert not (tmp_path / "other").exists()
+
+
+def test_weights_with_other_outputs_are_refused(tmp_path) -> None:
+    origin = tmp_path / "origin"
+    shutil.copytree(builtin_directory(), origin)
+    shutil.copy(origin / "face_mesh.onnx", origin / "face_detector.onnx")
+    with pytest.raises(ExportError, match="boxes"):
+        build.build(tmp_path / "out", weights=origin)
+    assert not (tmp_path / "out").exists()
 
 
 def test_build_names_what_is_missing(tmp_path) -> None:

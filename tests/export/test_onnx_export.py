@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch")
 from lp_edge.errors import ExportError, OutputError
 from lp_edge.export import onnx_export
 from lp_edge.export.lint import TARGETS, lint
-from lp_edge.export.onnx_export import export_onnx, node_count, opset_of, save, serialise
+from lp_edge.export.onnx_export import export_onnx, node_count, opset_of, save, serialise, split_weights
 
 
 class Small(torch.nn.Module):
@@ -246,3 +246,42 @@ def test_save_on_a_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pyt
         save(export(), path)
     assert os.listdir(tmp_path) == ["small.onnx"]
     assert path.read_bytes() == b"old"
+
+
+def test_weights_beside_the_graph_are_the_same_model(tmp_path: Path) -> None:
+    class Wide(torch.nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            torch.manual_seed(seed)
+            self.one, self.two = torch.nn.Linear(4, 300), torch.nn.Linear(300, 5)
+
+        def forward(self, x: Any) -> Any:
+            return self.two(torch.relu(self.one(x)))
+
+    def make(seed: int) -> onnx.ModelProto:
+        return export_onnx(
+            Wide(seed), {"x": torch.zeros(2, 4)}, {"y": ("batch", 5)}, {"x": {0: "batch"}}, opset=17
+        )
+
+    model = make(1)
+    before = serialise(model)
+    graph, data = split_weights(model, "m.onnx.data")
+    assert serialise(model) == before and len(graph) < 3000 < len(data)
+    (tmp_path / "m.onnx").write_bytes(graph)
+    (tmp_path / "m.onnx.data").write_bytes(data)
+    light = onnx.load(tmp_path / "m.onnx", load_external_data=False)
+    outside = [t for t in light.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    assert 0 < len(outside) < len(light.graph.initializer)  # small ones stay
+    for tensor in outside:
+        entry = {e.key: e.value for e in tensor.external_data}
+        assert entry["location"] == "m.onnx.data" and int(entry["offset"]) % 4096 == 0
+    assert lint(light, "main") == lint(model, "main")
+    onnx.checker.check_model(str(tmp_path / "m.onnx"), full_check=True)
+    whole = onnx.load(tmp_path / "m.onnx")
+    x = np.ones((3, 4), np.float32)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    np.testing.assert_array_equal(session.run(None, {"x": x})[0], run(model, x=x)[0])
+    np.testing.assert_array_equal(run(whole, x=x)[0], run(model, x=x)[0])
+    assert split_weights(make(1), "m.onnx.data") == (graph, data)
+    # engines are kept by the graph's digest, which must tell other weights
+    assert split_weights(make(2), "m.onnx.data")[0] != graph

@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed (extra: expo
 onnx = pytest.importorskip("onnx", reason="onnx is not installed (extra: export)")
 
 from lp_edge.errors import ConfigError
+from lp_edge.export.lint import lint
 from lp_edge.export.training import detector_data as data
 from lp_edge.export.training import face_detector as training
 
@@ -182,6 +183,8 @@ def test_graph_equals_the_torch_network(tmp_path: Path, size: tuple[int, int]) -
     session = runtime.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
     image = np.random.default_rng(0).integers(0, 256, (2, *size, 3), np.uint8)
     boxes, scores, points = session.run(["boxes", "scores", "points"], {"image": image})
+    cells = eval(training.CELLS, {"H": size[0], "W": size[1]})
+    assert [a.shape for a in (boxes, scores, points)] == [(2, cells, 4), (2, cells), (2, cells, 5, 2)]
     with torch.no_grad():
         raw = net(torch.from_numpy(image).permute(0, 3, 1, 2).float())
         want, spots = training.decode(raw, *(torch.from_numpy(a) for a in data.cell_centres(*size)))
@@ -198,6 +201,7 @@ def test_graph_contract(tmp_path: Path) -> None:
     assert [(o.domain, o.version) for o in model.opset_import] == [("", 17)]
     assert model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
     assert [o.name for o in model.graph.output] == ["boxes", "scores", "points"]
+    assert lint(model, "main") == lint(model, "tensorrt8") == []
     assert "BatchNormalization" not in {node.op_type for node in model.graph.node}
 
 

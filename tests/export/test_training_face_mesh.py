@@ -275,8 +275,9 @@ def _trainer(folder: Path, faces: face_mesh_data.FaceSet) -> tuple[object, face_
 
 def test_training_resumes_exactly_and_exports_the_contract(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
-    pytest.importorskip("onnx")
+    onnx = pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
+    from lp_edge.export.lint import lint
     from lp_edge.export.training import face_mesh
 
     threads = torch.get_num_threads()
@@ -310,6 +311,7 @@ def test_training_resumes_exactly_and_exports_the_contract(tmp_path: Path) -> No
     finally:
         torch.set_num_threads(threads)
     session = onnxruntime.InferenceSession(str(target), providers=["CPUExecutionProvider"])
+    assert lint(onnx.load(str(target)), "main") == []
     (entry,) = session.get_inputs()
     assert (entry.name, entry.type, entry.shape[1:]) == ("image", "tensor(uint8)", [64, 64, 3])
     assert [o.name for o in session.get_outputs()] == ["points", "score"]

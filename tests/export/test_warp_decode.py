@@ -16,7 +16,9 @@ from lp_edge.engines import names
 from lp_edge.errors import ConfigError
 from lp_edge.export.liveportrait import warp_decode
 from lp_edge.export.liveportrait.warp_decode import (
+    DepthConv,
     InstanceNorm,
+    ParityConv,
     PhaseConv,
     PlanarConv,
     Reductions,
@@ -85,8 +87,29 @@ def test_planar_convolution_equals_the_3d_one(depth: int, kernel: int) -> None:
     weight, bias = uniform(4, 3, kernel, kernel, kernel), uniform(4)
     x = uniform(2, 3, depth, 8, 6)
     want = F.conv3d(x, weight, bias, padding=kernel // 2)
-    got = PlanarConv(weight, bias, (depth, 8, 6))(x).reshape(2, depth, 4, 8, 6).transpose(1, 2)
+    slices = x.transpose(1, 2).flatten(0, 1)
+    got = PlanarConv(weight, bias, (depth, 8, 6))(slices).reshape(2, depth, 4, 8, 6).transpose(1, 2)
     assert gap(got, want) < 1e-4  # of sums of up to a thousand products
+
+
+@pytest.mark.parametrize("depth", [2, 4, 10])
+@pytest.mark.parametrize("kernel", [3, 7, 11])
+def test_convolution_by_parity_equals_the_3d_one(depth: int, kernel: int) -> None:
+    weight, bias = uniform(4, 3, kernel, kernel, kernel), uniform(4)
+    x = uniform(2, 3, depth, 8, 6)
+    want = F.conv3d(x, weight, bias, padding=kernel // 2)
+    slices = x.transpose(1, 2).flatten(0, 1)
+    got = ParityConv(weight, bias, (depth, 8, 6))(slices).reshape(2, depth, 4, 8, 6).transpose(1, 2)
+    assert gap(got, want) < 1e-5 * kernel**3
+
+
+@pytest.mark.parametrize("depth", [2, 4, 10])
+def test_depth_convolution_equals_the_3d_one(depth: int) -> None:
+    weight, bias = uniform(6, 5, 3, 3, 3), uniform(6)
+    x = uniform(2, 5, depth, 8, 7)
+    slices = x.transpose(1, 2).flatten(0, 1)
+    got = DepthConv(weight, bias, (depth, 8, 7))(slices).reshape(2, depth, 6, 8, 7).transpose(1, 2)
+    assert gap(got, F.conv3d(x, weight, bias, padding=1)) < 2e-5
 
 
 @pytest.mark.parametrize("reach", [0.2, FAR])
@@ -186,6 +209,7 @@ BLOCK_SWITCHES = (
     "normalise_small",
     "channel_groups",
     "keep_blocked",
+    "ordered",
 )
 
 
@@ -205,7 +229,7 @@ def test_spade_blocks_equal_the_network(
     assert gap(block(x, condition), want) < 1e-4 * float(want.abs().max())
 
 
-DENSE_SWITCHES = ("planar_mask", "pad_channels", "split_occlusion", "volume_phases")
+DENSE_SWITCHES = ("planar_mask", "pad_channels", "split_occlusion", "volume_phases", "fast_depth")
 
 
 @pytest.mark.parametrize("on", [False, True])
@@ -248,7 +272,7 @@ def test_unknown_flavour_is_refused(generator: SpadeGenerator) -> None:
 
 
 def test_graph_draws_the_golden_picture(shared: Path, tmp_path: Path) -> None:
-    """Both inputs of the golden file in one batch, through ONNX Runtime, from the synthetic checkpoints."""
+    """An input of the golden file through ONNX Runtime, from the synthetic checkpoints; the export tries batches."""
     import importlib.util
     import json
 
@@ -269,7 +293,7 @@ def test_graph_draws_the_golden_picture(shared: Path, tmp_path: Path) -> None:
     generator = load(SpadeGenerator(), "base_models/spade_generator.pth")
     appearance = load(AppearanceFeatureExtractor(), "base_models/appearance_feature_extractor.pth")
     with np.load(folder / "network_golden.npz") as file:
-        golden = dict(file)
+        golden = {name: array[:1] for name, array in file.items()}
     feature = appearance(torch.from_numpy(golden["crops"]).permute(0, 3, 1, 2).float() / 255)
     dense = warping.dense_motion_network
     inputs = {
@@ -280,7 +304,7 @@ def test_graph_draws_the_golden_picture(shared: Path, tmp_path: Path) -> None:
     }
     model = export_onnx(
         WarpDecode(warping, generator),
-        inputs,
+        {name: x if "feature" in name else x.repeat(2, 1, 1) for name, x in inputs.items()},
         {names.IMAGE: ("batch", 512, 512, 3)},
         {
             name: {0: "sources" if name in (names.FEATURE_3D, names.FEATURE_COMPRESSED) else "batch"}
