@@ -786,7 +786,7 @@ Examples:
     "--output",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Folder of the new bundle.  [default: liveportrait-VARIANT-PRECISION in this folder; mesh: the built-in "
+    help="Folder of the new bundle.  [default: liveportrait-VARIANT-PRECISION[-tensorrt8] in this folder; mesh: the built-in "
     "bundle is rebuilt in place]",
 )
 @click.option(

@@ -76,7 +76,7 @@ TOLERANCES: Final[Mapping[str, Mapping[str, Mapping[str, float]]]] = MappingProx
             names.RETARGET_LIP: {"delta_max": 1e-5},
             names.APPEARANCE: {"feature_3d_max": 1e-4, "feature_compressed_max": 1e-4},
             names.MOTION: {
-                "degrees_max": 1e-3,
+                "degrees_max": 1e-4,
                 "t_max": 1e-4,
                 "exp_max": 1e-4,
                 "scale_max": 1e-4,
@@ -181,7 +181,7 @@ class Yardstick:
         return cls(dict(table), thinned=True)
 
     def table(self) -> dict[str, Array]:
-        """The thinned yardstick for a bundle, about 2 MB."""
+        """The thinned yardstick for a bundle, about 1.1 MB."""
         return {name: _thin(name, value) for name, value in self.arrays.items()}
 
 
