@@ -392,6 +392,7 @@ def _together(
     Drivers that are still hold their step; when all are, this never ends.
     """
     alone = len(drivers) == 1 and not drivers[0].still and drivers[0].fps == fps
+    hold = length == "driving" and not drivers[0].still
     with ExitStack() as stack:
         runs = [
             stack.enter_context(
@@ -405,7 +406,7 @@ def _together(
             for i, run in enumerate(runs[1:], 1):
                 step = next(run, None)
                 if step is None:
-                    if length != "driving" or not current:
+                    if not hold or not current:
                         return
                     step = current[i]
                 steps.append(step)

@@ -286,6 +286,17 @@ def test_two_drivers_of_different_rate_and_length(animator: Animator, tmp_path: 
     assert len(list(animator.animate(two_faces(), [slow, fast], long))) == 4
 
 
+@pytest.mark.parametrize("length", ["shortest", "source", "driving"])
+def test_a_picture_and_a_clip_drive_for_as_long_as_the_clip(
+    animator: Animator, tmp_path: Path, length: str
+) -> None:
+    write_image(tmp_path / "d.png", frame())
+    driver = clip(tmp_path / "d.mkv", moving(5))
+    options = AnimateOptions(faces="left-right", smooth=False, length=length)
+    for drivers in ([tmp_path / "d.png", driver], [driver, tmp_path / "d.png"]):
+        assert len(list(itertools.islice(animator.animate(two_faces(), drivers, options), 9))) == 5
+
+
 def test_a_face_of_a_clip_keeps_its_driver_when_the_other_leaves(animator: Animator, tmp_path: Path) -> None:
     gone = np.concatenate([np.zeros((200, 250, 3), np.uint8), two_faces()[:, 250:]], axis=1)
     source = clip(tmp_path / "s.mkv", [two_faces()] * 3 + [gone] * 3)
