@@ -270,6 +270,7 @@ def test_few_pixels_two_levels_off_are_let_through(bundle: Path, tmp_path: Path)
 
 
 def test_fp16_pictures_are_judged_by_their_psnr(tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="the tolerances of fp16 stand beside the export")
     arrays = golden()
     half = write_bundle(tmp_path / "half", "fp16")
     levels = arrays["image_u8"].astype(np.int16)
