@@ -164,7 +164,7 @@ def _weights() -> F32:
     return np.concatenate(parts)
 
 
-_WEIGHTS = _weights()
+_WEIGHTS = _weights().astype(np.float64)
 
 
 def _set_gap(landmarks: F64, first: int, half: int, width: tuple[int, int], ratio: float) -> None:
@@ -212,7 +212,7 @@ def mesh_to_203(points: npt.ArrayLike, calibration: RatioMap | None = CALIBRATIO
             f"expected [{topology.NUM_POINTS}, 2 or 3]",
             "pass all points of one face",
         )
-    out = _WEIGHTS.astype(np.float64) @ p[:, :2]
+    out = _WEIGHTS @ p[:, :2]
     if calibration is not None:
         eyes = calibration.eye(eye_ratio_203(out))
         for first, ratio in zip((0, 24), eyes, strict=True):

@@ -27,6 +27,7 @@ import numpy.typing as npt
 from lp_edge.engines import names
 from lp_edge.engines.runner import Array, Runner, to_host
 from lp_edge.errors import ConfigError, MediaError
+from lp_edge.runtime.checks import one_of
 from lp_edge.runtime.edit import EditDelta
 from lp_edge.runtime.geometry import euler_from_rotation, rotation_from_euler
 from lp_edge.runtime.liveportrait_options import LivePortraitOptions
@@ -34,8 +35,10 @@ from lp_edge.runtime.motion import Motion
 from lp_edge.runtime.options import REGIONS
 
 __all__ = [
+    "EYE_KEYPOINTS",
     "KEYPOINTS",
     "LIP_ARRAY",
+    "LIP_KEYPOINTS",
     "ComposeOptions",
     "Composer",
     "LivePortraitSource",
@@ -70,8 +73,9 @@ LIP_ARRAY: F32 = np.array([
 # fmt: on
 LIP_ARRAY.setflags(write=False)
 
-_LIP_ROWS = (6, 12, 14, 17, 19, 20)
-_EYE_ROWS = (11, 13, 15, 16, 18)
+LIP_KEYPOINTS = (6, 12, 14, 17, 19, 20)
+EYE_KEYPOINTS = (11, 13, 15, 16, 18)
+"""Keypoints that the reference moves alone in its regions lip and eyes (``live_portrait_pipeline.py``)."""
 _BLINK_TARGET = 0.39  # where eyes are held when the first frame of a source clip shows a blink
 _PROCESS_VARIANCE = 1e-5
 
@@ -90,8 +94,8 @@ _NOTHING = _mask(())
 _EXPRESSION = _mask((1, 2, 6, *range(11, 21)), {3: 1, 4: 1, 5: 2, 8: 2, 9: slice(1, 3)})
 _REGION_MASKS: Mapping[str, npt.NDArray[np.bool_]] = {
     "pose": _NOTHING,
-    "lip": _mask(_LIP_ROWS),
-    "eyes": _mask(_EYE_ROWS),
+    "lip": _mask(LIP_KEYPOINTS),
+    "eyes": _mask(EYE_KEYPOINTS),
 }
 
 
@@ -360,10 +364,7 @@ class ComposeOptions:
     liveportrait: LivePortraitOptions = field(default_factory=LivePortraitOptions)
 
     def __post_init__(self) -> None:
-        if self.region not in REGIONS:
-            raise ConfigError(
-                f"region is {self.region!r}", f"expected one of {', '.join(REGIONS)}", f"choose {REGIONS[0]}"
-            )
+        one_of("region", self.region, REGIONS)
         if not math.isfinite(self.multiplier):
             raise ConfigError(f"multiplier is {self.multiplier}", "expected a finite number", "choose 1")
 

@@ -5,10 +5,9 @@ The names say what the reference's flags do; the defaults are those of its comma
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from lp_edge.errors import ConfigError
+from lp_edge.runtime.checks import one_of, within
 
 __all__ = ["DRIVING_OPTIONS", "LivePortraitOptions"]
 
@@ -59,16 +58,7 @@ class LivePortraitOptions:
     animal: bool = False
 
     def __post_init__(self) -> None:
-        if self.driving_option not in DRIVING_OPTIONS:
-            raise ConfigError(
-                f"driving_option is {self.driving_option!r}",
-                f"expected one of {', '.join(DRIVING_OPTIONS)}",
-                f"choose {DRIVING_OPTIONS[0]}",
-            )
-        for name in ("lip_normalize_threshold", "source_video_eye_threshold", "smooth_variance"):
-            value = getattr(self, name)
-            low = 0.0 if name != "smooth_variance" else 1e-12
-            if not math.isfinite(value) or not low <= value <= 1e3:
-                raise ConfigError(
-                    f"{name} is {value}", f"expected {low} to 1000.0", "choose a value in that range"
-                )
+        one_of("driving_option", self.driving_option, DRIVING_OPTIONS)
+        within("lip_normalize_threshold", self.lip_normalize_threshold, 0.0, 1e3)
+        within("source_video_eye_threshold", self.source_video_eye_threshold, 0.0, 1e3)
+        within("smooth_variance", self.smooth_variance, 1e-12, 1e3)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from lp_edge.errors import ConfigError
+from lp_edge.runtime.checks import one_of, within
 from lp_edge.runtime.crop import CropOptions
 from lp_edge.runtime.edit import Edits
 from lp_edge.runtime.faces import faces_policy
@@ -17,18 +17,6 @@ __all__ = ["DRIVING_CROPS", "LENGTHS", "REGIONS", "AnimateOptions"]
 REGIONS = ("all", "exp", "pose", "lip", "eyes")
 LENGTHS = ("shortest", "source", "driving")
 DRIVING_CROPS = ("auto", "on", "off")
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(
-            f"{name} is {value!r}", f"expected one of {', '.join(choices)}", f"choose {choices[0]}"
-        )
-
-
-def _within(name: str, value: float, low: float, high: float) -> None:
-    if not math.isfinite(value) or not low <= value <= high:
-        raise ConfigError(f"{name} is {value}", f"expected {low} to {high}", "choose a value in that range")
 
 
 @dataclass(frozen=True)
@@ -78,14 +66,14 @@ class AnimateOptions:
     liveportrait: LivePortraitOptions = field(default_factory=LivePortraitOptions)
 
     def __post_init__(self) -> None:
-        _one_of("region", self.region, REGIONS)
-        _one_of("length", self.length, LENGTHS)
-        _one_of("driving_crop", self.driving_crop, DRIVING_CROPS)
-        _within("multiplier", self.multiplier, 0.0, 3.0)
-        _within("neutral", self.neutral, 0, 10**7)
+        one_of("region", self.region, REGIONS)
+        one_of("length", self.length, LENGTHS)
+        one_of("driving_crop", self.driving_crop, DRIVING_CROPS)
+        within("multiplier", self.multiplier, 0.0, 3.0)
+        within("neutral", self.neutral, 0, 10**7)
         if self.size is not None:
-            _within("size", self.size, 128, 2048)
-        _within("face_timeout", self.face_timeout, 0.0, 1e6)
+            within("size", self.size, 128, 2048)
+        within("face_timeout", self.face_timeout, 0.0, 1e6)
         faces_policy(self.faces)
         if self.keyframes is not None and self.edits:
             raise ConfigError(
