@@ -17,16 +17,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lp_edge.errors import (
+    AccessError,
     BackendUnavailable,
     BundleError,
     ConfigError,
+    DeadlineError,
     EngineError,
     ExportError,
     Interrupted,
+    LimitError,
     LpEdgeError,
     MediaError,
     NoFaceError,
+    NotFoundError,
     OutputError,
+    ProtocolError,
+    ServerUnavailable,
     TensorError,
 )
 
@@ -52,6 +58,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "AccessError",
     "AnimateOptions",
     "AnimatedFrame",
     "Animation",
@@ -62,6 +69,7 @@ __all__ = [
     "BundleError",
     "ConfigError",
     "CropOptions",
+    "DeadlineError",
     "Driver",
     "DriverFrame",
     "Edits",
@@ -70,6 +78,7 @@ __all__ = [
     "Face",
     "Interrupted",
     "Keyframes",
+    "LimitError",
     "LiveAnimation",
     "LivePortraitOptions",
     "LpEdgeError",
@@ -77,11 +86,14 @@ __all__ = [
     "Motion",
     "MotionTemplate",
     "NoFaceError",
+    "NotFoundError",
     "OutputError",
     "Portrait",
     "Progress",
+    "ProtocolError",
     "RunConfig",
     "RunResult",
+    "ServerUnavailable",
     "Stopwatch",
     "TensorError",
     "__version__",

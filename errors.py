@@ -12,6 +12,12 @@
     ├── BackendUnavailable         7   UNAVAILABLE           a backend, provider or device is not there
     ├── OutputError                8   RESOURCE_EXHAUSTED    the result cannot be written
     ├── ExportError                9   INTERNAL              an export or its parity check failed
+    ├── LimitError                10   RESOURCE_EXHAUSTED    a limit of the server is reached
+    ├── NotFoundError             11   NOT_FOUND             the server has no portrait of that id
+    ├── AccessError               12   UNAUTHENTICATED       a token or certificate is missing or wrong
+    ├── ServerUnavailable         13   UNAVAILABLE           the server cannot be reached, or is about to stop
+    ├── DeadlineError             14   DEADLINE_EXCEEDED     a call took, or a stream was silent, for too long
+    ├── ProtocolError             15   INVALID_ARGUMENT      a message came at the wrong time or with wrong content
     └── Interrupted              130   CANCELLED             the user stopped the run
 
 Every message has three parts: what was got, what was expected, what to do. The parts are kept apart
@@ -23,16 +29,22 @@ from __future__ import annotations
 from typing import ClassVar
 
 __all__ = [
+    "AccessError",
     "BackendUnavailable",
     "BundleError",
     "ConfigError",
+    "DeadlineError",
     "EngineError",
     "ExportError",
     "Interrupted",
+    "LimitError",
     "LpEdgeError",
     "MediaError",
     "NoFaceError",
+    "NotFoundError",
     "OutputError",
+    "ProtocolError",
+    "ServerUnavailable",
     "TensorError",
 ]
 
@@ -117,6 +129,64 @@ class ExportError(LpEdgeError):
     """Building a bundle failed, or a parity check broke its tolerance."""
 
     exit_code = 9
+
+
+class LimitError(LpEdgeError):
+    """A limit of the server is reached: streams, portraits, memory, sizes.
+
+    Args:
+        retry_after_s: seconds after which another try makes sense; 0 = unknown.
+    """
+
+    exit_code = 10
+    grpc_status = "RESOURCE_EXHAUSTED"
+
+    def __init__(self, got: str, expected: str = "", remedy: str = "", *, retry_after_s: float = 0.0) -> None:
+        super().__init__(got, expected, remedy)
+        self.retry_after_s = retry_after_s
+
+
+class NotFoundError(LpEdgeError):
+    """The server has no portrait of that id (any more)."""
+
+    exit_code = 11
+    grpc_status = "NOT_FOUND"
+
+
+class AccessError(LpEdgeError):
+    """A token or a certificate is missing, wrong or expired."""
+
+    exit_code = 12
+    grpc_status = "UNAUTHENTICATED"
+
+
+class ServerUnavailable(LpEdgeError):
+    """The server cannot be reached, went away, or is about to stop.
+
+    Args:
+        retry_after_s: seconds after which another try makes sense; 0 = unknown.
+    """
+
+    exit_code = 13
+    grpc_status = "UNAVAILABLE"
+
+    def __init__(self, got: str, expected: str = "", remedy: str = "", *, retry_after_s: float = 0.0) -> None:
+        super().__init__(got, expected, remedy)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineError(LpEdgeError):
+    """A call took longer than its deadline, or a stream was silent for too long."""
+
+    exit_code = 14
+    grpc_status = "DEADLINE_EXCEEDED"
+
+
+class ProtocolError(LpEdgeError):
+    """A message of a stream came at the wrong time or holds what no message may hold."""
+
+    exit_code = 15
+    grpc_status = "INVALID_ARGUMENT"
 
 
 class Interrupted(LpEdgeError):

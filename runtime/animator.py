@@ -32,10 +32,10 @@ from lp_edge.runtime.cast import AnimatedFrame, Cast, Slots, too_many_drivers
 from lp_edge.runtime.driver import Driver, DriverFrame, Drivers, at_rate, decode, frame_rate
 from lp_edge.runtime.face_motion import Canonical
 from lp_edge.runtime.faces import DetectorConfig, Face, FaceDetector, FaceMeshNet, faces_policy
-from lp_edge.runtime.families import half_the_cores, open_family
+from lp_edge.runtime.families import Wrap, half_the_cores, open_family, unwrapped
 from lp_edge.runtime.family import Family, Portrait
 from lp_edge.runtime.image import read_image
-from lp_edge.runtime.live import LiveAnimation
+from lp_edge.runtime.live import LiveAnimation, LivePuppet, LiveReader
 from lp_edge.runtime.media_read import probe, sniff_kind
 from lp_edge.runtime.motion import Motion
 from lp_edge.runtime.options import AnimateOptions
@@ -93,6 +93,8 @@ class Animator:
         backend: which engine runs the networks; see :class:`lp_edge.engines.backends.BackendConfig`.
         face_models: folder with ``landmark.onnx`` and, if wanted, InsightFace's ``det_10g.onnx`` and ``2d106det.onnx``; the
             liveportrait family then cuts its crops as the reference does.
+        wrap: takes every network as it is opened and gives what is called in its place
+            (:meth:`lp_edge.engines.batching.DeviceWorker.wrap`).
 
     Raises:
         BundleError: the bundle is incomplete or altered.
@@ -112,6 +114,7 @@ class Animator:
         *,
         backend: BackendConfig | None = None,
         face_models: str | Path | None = None,
+        wrap: Wrap = unwrapped,
     ) -> None:
         self.bundle = (
             bundle if isinstance(bundle, Bundle) else open_bundle(None if bundle is None else Path(bundle))
@@ -120,10 +123,10 @@ class Animator:
         half = half_the_cores(config)
         with ExitStack() as stack:
             self.family: Family[Any] = open_family(
-                self.bundle, config, stack, None if face_models is None else Path(face_models)
+                self.bundle, config, stack, None if face_models is None else Path(face_models), wrap
             )
-            detector = stack.enter_context(self.bundle.runner(names.FACE_DETECTOR, half))
-            mesh = stack.enter_context(self.bundle.runner(names.FACE_MESH, half))
+            detector = stack.enter_context(wrap(self.bundle.runner(names.FACE_DETECTOR, half)))
+            mesh = stack.enter_context(wrap(self.bundle.runner(names.FACE_MESH, half)))
             self._runners = stack.pop_all()
         # The mesh network confirms every face, so the detector may be lenient.
         self.finder = FaceFinder(FaceDetector(detector, DetectorConfig(score=0.4)), FaceMeshNet(mesh))
@@ -176,9 +179,12 @@ class Animator:
         source: str | Path | U8,
         options: AnimateOptions | None = None,
         *,
+        portraits: Sequence[Portrait] | None = None,
         watch: Stopwatch | None = None,
     ) -> LiveAnimation:
         """A picture to be driven step by step, by frames of a camera or by motion.
+
+        ``portraits`` are its faces where :meth:`prepare_source` has been called already.
 
         Example:
             >>> live = animator.live("portrait.jpg")                        # doctest: +SKIP
@@ -192,8 +198,10 @@ class Animator:
         """
         options = options or AnimateOptions()
         rgb = source if isinstance(source, np.ndarray) else read_image(source)
-        portraits = self.prepare_source(rgb, options)
-        return LiveAnimation(self.family, self.finder, rgb, portraits, options, watch or Stopwatch())
+        if portraits is None:
+            portraits = self.prepare_source(rgb, options)
+        reader = LiveReader(self.family, self.finder, options)
+        return LiveAnimation(reader, LivePuppet(self.family, rgb, portraits, options), watch or Stopwatch())
 
     # -- drivers ------------------------------------------------------------------------------------
 
@@ -217,6 +225,7 @@ class Animator:
         driving: Driving | Sequence[Driving],
         options: AnimateOptions | None = None,
         *,
+        portraits: Sequence[Portrait] | None = None,
         watch: Stopwatch | None = None,
         pixels: bool = True,
     ) -> Animation:
@@ -229,6 +238,7 @@ class Animator:
                 ``options.edits`` and ``options.keyframes`` act. A sequence of them: one for each face that
                 ``options.faces`` selects, in that order.
             options: see :class:`AnimateOptions`.
+            portraits: faces of a picture source where :meth:`prepare_source` has been called already.
             watch: collects the time of each stage.
             pixels: frames carry the driver's pictures. Without them a family that reads a driver as a whole first need not
                 decode it twice.
@@ -254,9 +264,9 @@ class Animator:
         if not isinstance(source, np.ndarray) and sniff_kind(Path(source)) == "video":
             return self._animate_clip(Path(source), drivers, options, watch, pixels)
         rgb = source if isinstance(source, np.ndarray) else read_image(source)
-        portraits = list(enumerate(self.prepare_source(rgb, options)))
-        if len(portraits) < len(drivers):
-            raise too_many_drivers(len(drivers), len(portraits))
+        faces = list(enumerate(self.prepare_source(rgb, options) if portraits is None else portraits))
+        if len(faces) < len(drivers):
+            raise too_many_drivers(len(drivers), len(faces))
         cast = Cast(self.family, drivers, options, source_clip=False)
         still = all(d.still for d in drivers)
         fps = next((d.fps for d in drivers if not d.still), drivers[0].fps)
@@ -264,7 +274,7 @@ class Animator:
         def rendered() -> Iterator[AnimatedFrame]:
             with closing(_together(drivers, fps, options.length)) as steps:
                 for index, (when, together) in enumerate(steps):
-                    yield cast.draw(index, rgb, when, portraits, together, watch)
+                    yield cast.draw(index, rgb, when, faces, together, watch)
                     if still:
                         return
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +12,24 @@ from typing import Any
 from lp_edge.engines import names
 from lp_edge.engines.backends import BackendConfig
 from lp_edge.engines.bundle import Bundle
+from lp_edge.engines.runner import Runner
 from lp_edge.errors import ConfigError
 from lp_edge.runtime.face_motion import Canonical
 from lp_edge.runtime.family import Family
 from lp_edge.runtime.mesh_family import MeshFamily
 
-__all__ = ["FAMILIES", "half_the_cores", "open_family"]
+__all__ = ["FAMILIES", "Wrap", "half_the_cores", "open_family", "unwrapped"]
+
+Wrap = Callable[[Runner], Runner]
+"""What is called in a network's place."""
 
 FAMILIES = ("mesh", "liveportrait")
 """Families that this version animates."""
+
+
+def unwrapped(runner: Runner) -> Runner:
+    """The network itself."""
+    return runner
 
 
 def half_the_cores(config: BackendConfig) -> BackendConfig:
@@ -30,7 +40,11 @@ def half_the_cores(config: BackendConfig) -> BackendConfig:
 
 
 def open_family(
-    bundle: Bundle, config: BackendConfig, stack: ExitStack, face_models: Path | None = None
+    bundle: Bundle,
+    config: BackendConfig,
+    stack: ExitStack,
+    face_models: Path | None = None,
+    wrap: Wrap = unwrapped,
 ) -> Family[Any]:
     """The adapter of a bundle's family, with its networks open.
 
@@ -39,6 +53,7 @@ def open_family(
         config: where its networks run; threads 0 = as many as suit the family.
         stack: closes them.
         face_models: folder with ``landmark.onnx`` (and InsightFace's models) for the crops of the liveportrait family.
+        wrap: takes every network as it is opened and gives what is called in its place.
 
     Raises:
         ConfigError: the family is unknown, or has no use for ``face_models``.
@@ -49,7 +64,7 @@ def open_family(
         # Only the adapter that is needed is imported.
         from lp_edge.runtime.liveportrait_family import open_liveportrait
 
-        return open_liveportrait(bundle, config, stack, face_models)
+        return open_liveportrait(bundle, config, stack, face_models, wrap)
     if family != MeshFamily.name:
         raise ConfigError(
             f"the bundle holds the family {family!r}",
@@ -62,7 +77,7 @@ def open_family(
             "expected them with the family liveportrait only",
             "leave them out: the mesh family uses its own face networks",
         )
-    warp = stack.enter_context(bundle.runner(names.WARP_DECODE, half_the_cores(config)))
+    warp = stack.enter_context(wrap(bundle.runner(names.WARP_DECODE, half_the_cores(config))))
     tables = bundle.manifest.files
     template_map = bundle.load_table("liveportrait_map") if "liveportrait_map" in tables else None
     return MeshFamily(warp, Canonical.from_table(bundle.load_table("canonical")), template_map)

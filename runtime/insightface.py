@@ -14,7 +14,7 @@ Formulas: SCRFD decoding (``insightface/model_zoo/retinaface.py`` in the referen
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -326,7 +326,12 @@ def _find(folder: Path) -> dict[str, Path]:
     return found
 
 
-def open_face_models(folder: Path, config: BackendConfig, stack: ExitStack) -> LandmarkSource:
+def open_face_models(
+    folder: Path,
+    config: BackendConfig,
+    stack: ExitStack,
+    wrap: Callable[[Runner], Runner] = lambda runner: runner,
+) -> LandmarkSource:
     """The landmarks of a folder of face models.
 
     Args:
@@ -334,6 +339,7 @@ def open_face_models(folder: Path, config: BackendConfig, stack: ExitStack) -> L
             subfolders of LivePortrait's ``pretrained_weights``.
         config: where the networks run.
         stack: closes them.
+        wrap: takes every network as it is opened and gives what is called in its place.
 
     Returns:
         :class:`RefinedLandmarks` or, with all three files, :class:`InsightFaceLandmarks`.
@@ -355,7 +361,7 @@ def open_face_models(folder: Path, config: BackendConfig, stack: ExitStack) -> L
         )
 
     def runner(name: str) -> Runner:
-        return stack.enter_context(open_runner(found[name], config, name=name))
+        return stack.enter_context(wrap(open_runner(found[name], config, name=name)))
 
     refiner = Refiner(runner(POINTS203))
     if missing:

@@ -6,7 +6,7 @@ Expects a bundle that ``lp-export --family liveportrait`` wrote. Crops are cut f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -265,7 +265,11 @@ def _with_ratios(motion: Motion, landmarks: npt.NDArray[np.floating]) -> Motion:
 
 
 def open_liveportrait(
-    bundle: Bundle, config: BackendConfig, stack: ExitStack, face_models: Path | None = None
+    bundle: Bundle,
+    config: BackendConfig,
+    stack: ExitStack,
+    face_models: Path | None,
+    wrap: Callable[[Runner], Runner],
 ) -> LivePortraitFamily:
     """The adapter with the networks of a bundle; ``stack`` closes them.
 
@@ -273,13 +277,14 @@ def open_liveportrait(
         bundle: a bundle of the family.
         config: where its networks run. Drawing takes nearly all of the time, so on a CPU they get all cores.
         face_models: see :func:`lp_edge.runtime.insightface.open_face_models`; None = our own mesh.
+        wrap: takes every network as it is opened and gives what is called in its place.
 
     Raises:
         BundleError, BackendUnavailable, EngineError, ConfigError: something cannot be opened.
     """
 
     def runner(name: str) -> Runner:
-        return stack.enter_context(bundle.runner(name, config))
+        return stack.enter_context(wrap(bundle.runner(name, config)))
 
     networks = LivePortraitNetworks(
         runner(names.APPEARANCE),
@@ -291,7 +296,7 @@ def open_liveportrait(
     if face_models is not None:
         from lp_edge.runtime.insightface import open_face_models
 
-        landmarks = open_face_models(face_models, config, stack)
+        landmarks = open_face_models(face_models, config, stack, wrap)
     canonical = Canonical.from_table(bundle.load_table("canonical"))
     animal = bundle.manifest.variant == "animal"
     return LivePortraitFamily(networks, landmarks, canonical, animal=animal)

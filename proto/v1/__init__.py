@@ -1,0 +1,1 @@
+"""Generated code of lp_edge.v1; see :mod:`lp_edge.proto.generate`."""
