@@ -13,6 +13,12 @@ class StreamMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STREAM_MODE_LIVE: _ClassVar[StreamMode]
     STREAM_MODE_LOSSLESS: _ClassVar[StreamMode]
 
+class SkipReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SKIP_REASON_UNSPECIFIED: _ClassVar[SkipReason]
+    SKIP_REASON_NEWER: _ClassVar[SkipReason]
+    SKIP_REASON_UNDECODABLE: _ClassVar[SkipReason]
+
 class MotionInput(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     MOTION_INPUT_UNSPECIFIED: _ClassVar[MotionInput]
@@ -30,9 +36,18 @@ class UploadKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     UPLOAD_KIND_UNSPECIFIED: _ClassVar[UploadKind]
     UPLOAD_KIND_TEMPLATE: _ClassVar[UploadKind]
     UPLOAD_KIND_CLIP: _ClassVar[UploadKind]
+
+class RenderOutput(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    RENDER_OUTPUT_UNSPECIFIED: _ClassVar[RenderOutput]
+    RENDER_OUTPUT_FRAMES: _ClassVar[RenderOutput]
+    RENDER_OUTPUT_MP4: _ClassVar[RenderOutput]
 STREAM_MODE_UNSPECIFIED: StreamMode
 STREAM_MODE_LIVE: StreamMode
 STREAM_MODE_LOSSLESS: StreamMode
+SKIP_REASON_UNSPECIFIED: SkipReason
+SKIP_REASON_NEWER: SkipReason
+SKIP_REASON_UNDECODABLE: SkipReason
 MOTION_INPUT_UNSPECIFIED: MotionInput
 MOTION_INPUT_FRAMES: MotionInput
 MOTION_INPUT_CLIP: MotionInput
@@ -42,6 +57,9 @@ MOTION_OUTPUT_TEMPLATE: MotionOutput
 UPLOAD_KIND_UNSPECIFIED: UploadKind
 UPLOAD_KIND_TEMPLATE: UploadKind
 UPLOAD_KIND_CLIP: UploadKind
+RENDER_OUTPUT_UNSPECIFIED: RenderOutput
+RENDER_OUTPUT_FRAMES: RenderOutput
+RENDER_OUTPUT_MP4: RenderOutput
 
 class SharedMemoryRequest(_message.Message):
     __slots__ = ("driving_slots", "driving_slot_bytes", "result_slots", "result_slot_bytes")
@@ -70,7 +88,7 @@ class SharedMemory(_message.Message):
     def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ..., driving_stride: _Optional[int] = ..., results_offset: _Optional[int] = ..., result_stride: _Optional[int] = ...) -> None: ...
 
 class AnimateConfig(_message.Message):
-    __slots__ = ("portrait_ids", "options", "mode", "output", "shared_memory", "neutral", "with_motion")
+    __slots__ = ("portrait_ids", "options", "mode", "output", "shared_memory", "neutral", "with_motion", "motion_layout")
     PORTRAIT_IDS_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
@@ -78,6 +96,7 @@ class AnimateConfig(_message.Message):
     SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     NEUTRAL_FIELD_NUMBER: _ClassVar[int]
     WITH_MOTION_FIELD_NUMBER: _ClassVar[int]
+    MOTION_LAYOUT_FIELD_NUMBER: _ClassVar[int]
     portrait_ids: _containers.RepeatedScalarFieldContainer[str]
     options: _common_pb2.AnimationOptions
     mode: StreamMode
@@ -85,7 +104,8 @@ class AnimateConfig(_message.Message):
     shared_memory: SharedMemoryRequest
     neutral: _common_pb2.Motion
     with_motion: bool
-    def __init__(self, portrait_ids: _Optional[_Iterable[str]] = ..., options: _Optional[_Union[_common_pb2.AnimationOptions, _Mapping]] = ..., mode: _Optional[_Union[StreamMode, str]] = ..., output: _Optional[_Union[_common_pb2.OutputOptions, _Mapping]] = ..., shared_memory: _Optional[_Union[SharedMemoryRequest, _Mapping]] = ..., neutral: _Optional[_Union[_common_pb2.Motion, _Mapping]] = ..., with_motion: bool = ...) -> None: ...
+    motion_layout: _common_pb2.ExpressionLayout
+    def __init__(self, portrait_ids: _Optional[_Iterable[str]] = ..., options: _Optional[_Union[_common_pb2.AnimationOptions, _Mapping]] = ..., mode: _Optional[_Union[StreamMode, str]] = ..., output: _Optional[_Union[_common_pb2.OutputOptions, _Mapping]] = ..., shared_memory: _Optional[_Union[SharedMemoryRequest, _Mapping]] = ..., neutral: _Optional[_Union[_common_pb2.Motion, _Mapping]] = ..., with_motion: bool = ..., motion_layout: _Optional[_Union[_common_pb2.ExpressionLayout, str]] = ...) -> None: ...
 
 class DrivingFrame(_message.Message):
     __slots__ = ("sequence", "timestamp_us", "image", "motion")
@@ -134,7 +154,7 @@ class StreamStarted(_message.Message):
     def __init__(self, stream_id: _Optional[str] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ...) -> None: ...
 
 class AnimatedFrame(_message.Message):
-    __slots__ = ("sequence", "timestamp_us", "pictures", "face_state", "motion", "timings", "dropped", "undecodable", "driving_taken")
+    __slots__ = ("sequence", "timestamp_us", "pictures", "face_state", "motion", "timings", "dropped", "undecodable")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     TIMESTAMP_US_FIELD_NUMBER: _ClassVar[int]
     PICTURES_FIELD_NUMBER: _ClassVar[int]
@@ -143,7 +163,6 @@ class AnimatedFrame(_message.Message):
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     DROPPED_FIELD_NUMBER: _ClassVar[int]
     UNDECODABLE_FIELD_NUMBER: _ClassVar[int]
-    DRIVING_TAKEN_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     timestamp_us: int
     pictures: _containers.RepeatedCompositeFieldContainer[_common_pb2.Picture]
@@ -152,8 +171,15 @@ class AnimatedFrame(_message.Message):
     timings: _common_pb2.FrameTimings
     dropped: int
     undecodable: int
-    driving_taken: int
-    def __init__(self, sequence: _Optional[int] = ..., timestamp_us: _Optional[int] = ..., pictures: _Optional[_Iterable[_Union[_common_pb2.Picture, _Mapping]]] = ..., face_state: _Optional[_Union[_common_pb2.FaceState, str]] = ..., motion: _Optional[_Union[_common_pb2.Motion, _Mapping]] = ..., timings: _Optional[_Union[_common_pb2.FrameTimings, _Mapping]] = ..., dropped: _Optional[int] = ..., undecodable: _Optional[int] = ..., driving_taken: _Optional[int] = ...) -> None: ...
+    def __init__(self, sequence: _Optional[int] = ..., timestamp_us: _Optional[int] = ..., pictures: _Optional[_Iterable[_Union[_common_pb2.Picture, _Mapping]]] = ..., face_state: _Optional[_Union[_common_pb2.FaceState, str]] = ..., motion: _Optional[_Union[_common_pb2.Motion, _Mapping]] = ..., timings: _Optional[_Union[_common_pb2.FrameTimings, _Mapping]] = ..., dropped: _Optional[int] = ..., undecodable: _Optional[int] = ...) -> None: ...
+
+class FrameSkipped(_message.Message):
+    __slots__ = ("sequence", "reason")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    reason: SkipReason
+    def __init__(self, sequence: _Optional[int] = ..., reason: _Optional[_Union[SkipReason, str]] = ...) -> None: ...
 
 class Draining(_message.Message):
     __slots__ = ("deadline_ms",)
@@ -162,14 +188,18 @@ class Draining(_message.Message):
     def __init__(self, deadline_ms: _Optional[int] = ...) -> None: ...
 
 class AnimateResponse(_message.Message):
-    __slots__ = ("started", "frame", "draining")
+    __slots__ = ("started", "frame", "draining", "skipped", "driving_taken")
     STARTED_FIELD_NUMBER: _ClassVar[int]
     FRAME_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    SKIPPED_FIELD_NUMBER: _ClassVar[int]
+    DRIVING_TAKEN_FIELD_NUMBER: _ClassVar[int]
     started: StreamStarted
     frame: AnimatedFrame
     draining: Draining
-    def __init__(self, started: _Optional[_Union[StreamStarted, _Mapping]] = ..., frame: _Optional[_Union[AnimatedFrame, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ...) -> None: ...
+    skipped: FrameSkipped
+    driving_taken: int
+    def __init__(self, started: _Optional[_Union[StreamStarted, _Mapping]] = ..., frame: _Optional[_Union[AnimatedFrame, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ..., skipped: _Optional[_Union[FrameSkipped, _Mapping]] = ..., driving_taken: _Optional[int] = ...) -> None: ...
 
 class ExtractMotionConfig(_message.Message):
     __slots__ = ("input", "output", "options", "frame_rate", "neutral_frame", "layout")
@@ -220,22 +250,22 @@ class ExtractMotionResponse(_message.Message):
     def __init__(self, motion: _Optional[_Union[ExtractedMotion, _Mapping]] = ..., template_chunk: _Optional[bytes] = ..., progress: _Optional[_Union[_common_pb2.Progress, _Mapping]] = ...) -> None: ...
 
 class RenderConfig(_message.Message):
-    __slots__ = ("portrait_id", "options", "built_in", "upload", "mp4", "output", "neutral_frame")
+    __slots__ = ("portrait_id", "options", "built_in", "upload", "result", "output", "neutral_frame")
     PORTRAIT_ID_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
     BUILT_IN_FIELD_NUMBER: _ClassVar[int]
     UPLOAD_FIELD_NUMBER: _ClassVar[int]
-    MP4_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
     NEUTRAL_FRAME_FIELD_NUMBER: _ClassVar[int]
     portrait_id: str
     options: _common_pb2.AnimationOptions
     built_in: str
     upload: UploadKind
-    mp4: bool
+    result: RenderOutput
     output: _common_pb2.OutputOptions
     neutral_frame: int
-    def __init__(self, portrait_id: _Optional[str] = ..., options: _Optional[_Union[_common_pb2.AnimationOptions, _Mapping]] = ..., built_in: _Optional[str] = ..., upload: _Optional[_Union[UploadKind, str]] = ..., mp4: bool = ..., output: _Optional[_Union[_common_pb2.OutputOptions, _Mapping]] = ..., neutral_frame: _Optional[int] = ...) -> None: ...
+    def __init__(self, portrait_id: _Optional[str] = ..., options: _Optional[_Union[_common_pb2.AnimationOptions, _Mapping]] = ..., built_in: _Optional[str] = ..., upload: _Optional[_Union[UploadKind, str]] = ..., result: _Optional[_Union[RenderOutput, str]] = ..., output: _Optional[_Union[_common_pb2.OutputOptions, _Mapping]] = ..., neutral_frame: _Optional[int] = ...) -> None: ...
 
 class RenderRequest(_message.Message):
     __slots__ = ("config", "upload_chunk")
@@ -246,25 +276,27 @@ class RenderRequest(_message.Message):
     def __init__(self, config: _Optional[_Union[RenderConfig, _Mapping]] = ..., upload_chunk: _Optional[bytes] = ...) -> None: ...
 
 class RenderFinished(_message.Message):
-    __slots__ = ("frames", "frame_rate", "width", "height")
+    __slots__ = ("frames", "frame_rate", "width", "height", "warnings")
     FRAMES_FIELD_NUMBER: _ClassVar[int]
     FRAME_RATE_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
     frames: int
     frame_rate: _common_pb2.FrameRate
     width: int
     height: int
-    def __init__(self, frames: _Optional[int] = ..., frame_rate: _Optional[_Union[_common_pb2.FrameRate, _Mapping]] = ..., width: _Optional[int] = ..., height: _Optional[int] = ...) -> None: ...
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, frames: _Optional[int] = ..., frame_rate: _Optional[_Union[_common_pb2.FrameRate, _Mapping]] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RenderResponse(_message.Message):
-    __slots__ = ("progress", "frame", "mp4_chunk", "finished")
+    __slots__ = ("progress", "frame", "file_chunk", "finished")
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     FRAME_FIELD_NUMBER: _ClassVar[int]
-    MP4_CHUNK_FIELD_NUMBER: _ClassVar[int]
+    FILE_CHUNK_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     progress: _common_pb2.Progress
     frame: AnimatedFrame
-    mp4_chunk: bytes
+    file_chunk: bytes
     finished: RenderFinished
-    def __init__(self, progress: _Optional[_Union[_common_pb2.Progress, _Mapping]] = ..., frame: _Optional[_Union[AnimatedFrame, _Mapping]] = ..., mp4_chunk: _Optional[bytes] = ..., finished: _Optional[_Union[RenderFinished, _Mapping]] = ...) -> None: ...
+    def __init__(self, progress: _Optional[_Union[_common_pb2.Progress, _Mapping]] = ..., frame: _Optional[_Union[AnimatedFrame, _Mapping]] = ..., file_chunk: _Optional[bytes] = ..., finished: _Optional[_Union[RenderFinished, _Mapping]] = ...) -> None: ...

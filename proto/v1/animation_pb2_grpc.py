@@ -37,7 +37,9 @@ class AnimationServiceServicer(object):
     """
 
     def Animate(self, request_iterator, context):
-        """A driver's frames or motion in, animated frames out, for as long as the stream is open.
+        """A driver's frames or motion in, animated frames out, until the client closes its sending side: then every waiting frame is answered (live:
+        the newest) and the stream ends with OK. Cancelling drops what waits. A message that may not come at that time, or holds what it may not,
+        ends the stream with INVALID_ARGUMENT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -299,15 +299,17 @@ class Progress(_message.Message):
     def __init__(self, frames_done: _Optional[int] = ..., frames_total: _Optional[int] = ...) -> None: ...
 
 class ErrorDetail(_message.Message):
-    __slots__ = ("type", "got", "expected", "remedy", "retry_after_ms")
+    __slots__ = ("type", "got", "expected", "remedy", "retry_after_ms", "stream_id")
     TYPE_FIELD_NUMBER: _ClassVar[int]
     GOT_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_FIELD_NUMBER: _ClassVar[int]
     REMEDY_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
+    STREAM_ID_FIELD_NUMBER: _ClassVar[int]
     type: str
     got: str
     expected: str
     remedy: str
     retry_after_ms: int
-    def __init__(self, type: _Optional[str] = ..., got: _Optional[str] = ..., expected: _Optional[str] = ..., remedy: _Optional[str] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...
+    stream_id: str
+    def __init__(self, type: _Optional[str] = ..., got: _Optional[str] = ..., expected: _Optional[str] = ..., remedy: _Optional[str] = ..., retry_after_ms: _Optional[int] = ..., stream_id: _Optional[str] = ...) -> None: ...

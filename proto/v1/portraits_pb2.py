@@ -17,7 +17,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from lp_edge.proto.v1 import common_pb2 as lp__edge_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1alp_edge/v1/portraits.proto\x12\nlp_edge.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17lp_edge/v1/common.proto\"U\n\x0fPortraitOptions\x12\r\n\x05\x66\x61\x63\x65s\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\r\x12%\n\x04\x63rop\x18\x03 \x01(\x0b\x32\x17.lp_edge.v1.CropOptions\"\xb2\x01\n\x17RegisterPortraitRequest\x12 \n\x05image\x18\x01 \x01(\x0b\x32\x11.lp_edge.v1.Image\x12,\n\x07options\x18\x02 \x01(\x0b\x32\x1b.lp_edge.v1.PortraitOptions\x12/\n\x0ctime_to_live\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x16\n\x0ethumbnail_side\x18\x04 \x01(\r\"?\n\x03\x42ox\x12\x0c\n\x04left\x18\x01 \x01(\x02\x12\x0b\n\x03top\x18\x02 \x01(\x02\x12\r\n\x05right\x18\x03 \x01(\x02\x12\x0e\n\x06\x62ottom\x18\x04 \x01(\x02\"F\n\x04\x46\x61\x63\x65\x12\x1c\n\x03\x62ox\x18\x01 \x01(\x0b\x32\x0f.lp_edge.v1.Box\x12\x11\n\tlandmarks\x18\x02 \x03(\x02\x12\r\n\x05score\x18\x03 \x01(\x02\"\xa5\x02\n\x08Portrait\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05width\x18\x02 \x01(\r\x12\x0e\n\x06height\x18\x03 \x01(\r\x12\x1f\n\x05\x66\x61\x63\x65s\x18\x04 \x03(\x0b\x32\x10.lp_edge.v1.Face\x12\x11\n\tthumbnail\x18\x05 \x01(\x0c\x12\x14\n\x0cmemory_bytes\x18\x06 \x01(\x04\x12\x16\n\x0e\x61\x63tive_streams\x18\x07 \x01(\r\x12.\n\ncreated_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x07options\x18\n \x01(\x0b\x32\x1b.lp_edge.v1.PortraitOptions\"B\n\x18RegisterPortraitResponse\x12&\n\x08portrait\x18\x01 \x01(\x0b\x32\x14.lp_edge.v1.Portrait\"\x16\n\x14ListPortraitsRequest\"r\n\x15ListPortraitsResponse\x12\'\n\tportraits\x18\x01 \x03(\x0b\x32\x14.lp_edge.v1.Portrait\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x04\x12\x1a\n\x12memory_limit_bytes\x18\x03 \x01(\x04\"#\n\x15\x44\x65letePortraitRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x18\n\x16\x44\x65letePortraitResponse2\x9f\x02\n\x0fPortraitService\x12]\n\x10RegisterPortrait\x12#.lp_edge.v1.RegisterPortraitRequest\x1a$.lp_edge.v1.RegisterPortraitResponse\x12T\n\rListPortraits\x12 .lp_edge.v1.ListPortraitsRequest\x1a!.lp_edge.v1.ListPortraitsResponse\x12W\n\x0e\x44\x65letePortrait\x12!.lp_edge.v1.DeletePortraitRequest\x1a\".lp_edge.v1.DeletePortraitResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1alp_edge/v1/portraits.proto\x12\nlp_edge.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17lp_edge/v1/common.proto\"U\n\x0fPortraitOptions\x12\r\n\x05\x66\x61\x63\x65s\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\r\x12%\n\x04\x63rop\x18\x03 \x01(\x0b\x32\x17.lp_edge.v1.CropOptions\"\xb2\x01\n\x17RegisterPortraitRequest\x12 \n\x05image\x18\x01 \x01(\x0b\x32\x11.lp_edge.v1.Image\x12,\n\x07options\x18\x02 \x01(\x0b\x32\x1b.lp_edge.v1.PortraitOptions\x12/\n\x0ctime_to_live\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x16\n\x0ethumbnail_side\x18\x04 \x01(\r\"?\n\x03\x42ox\x12\x0c\n\x04left\x18\x01 \x01(\x02\x12\x0b\n\x03top\x18\x02 \x01(\x02\x12\r\n\x05right\x18\x03 \x01(\x02\x12\x0e\n\x06\x62ottom\x18\x04 \x01(\x02\"F\n\x04\x46\x61\x63\x65\x12\x1c\n\x03\x62ox\x18\x01 \x01(\x0b\x32\x0f.lp_edge.v1.Box\x12\x11\n\tlandmarks\x18\x02 \x03(\x02\x12\r\n\x05score\x18\x03 \x01(\x02\"\xce\x02\n\x08Portrait\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05width\x18\x02 \x01(\r\x12\x0e\n\x06height\x18\x03 \x01(\r\x12\x1f\n\x05\x66\x61\x63\x65s\x18\x04 \x03(\x0b\x32\x10.lp_edge.v1.Face\x12\x11\n\tthumbnail\x18\x05 \x01(\x0c\x12\x14\n\x0cmemory_bytes\x18\x06 \x01(\x04\x12\x16\n\x0e\x61\x63tive_streams\x18\x07 \x01(\r\x12.\n\ncreated_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x07options\x18\n \x01(\x0b\x32\x1b.lp_edge.v1.PortraitOptions\x12\'\n\x0e\x64\x65tected_faces\x18\x0b \x03(\x0b\x32\x0f.lp_edge.v1.Box\"B\n\x18RegisterPortraitResponse\x12&\n\x08portrait\x18\x01 \x01(\x0b\x32\x14.lp_edge.v1.Portrait\"\x16\n\x14ListPortraitsRequest\"r\n\x15ListPortraitsResponse\x12\'\n\tportraits\x18\x01 \x03(\x0b\x32\x14.lp_edge.v1.Portrait\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x04\x12\x1a\n\x12memory_limit_bytes\x18\x03 \x01(\x04\"#\n\x15\x44\x65letePortraitRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x18\n\x16\x44\x65letePortraitResponse2\x9f\x02\n\x0fPortraitService\x12]\n\x10RegisterPortrait\x12#.lp_edge.v1.RegisterPortraitRequest\x1a$.lp_edge.v1.RegisterPortraitResponse\x12T\n\rListPortraits\x12 .lp_edge.v1.ListPortraitsRequest\x1a!.lp_edge.v1.ListPortraitsResponse\x12W\n\x0e\x44\x65letePortrait\x12!.lp_edge.v1.DeletePortraitRequest\x1a\".lp_edge.v1.DeletePortraitResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,17 +33,17 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_FACE']._serialized_start=465
   _globals['_FACE']._serialized_end=535
   _globals['_PORTRAIT']._serialized_start=538
-  _globals['_PORTRAIT']._serialized_end=831
-  _globals['_REGISTERPORTRAITRESPONSE']._serialized_start=833
-  _globals['_REGISTERPORTRAITRESPONSE']._serialized_end=899
-  _globals['_LISTPORTRAITSREQUEST']._serialized_start=901
-  _globals['_LISTPORTRAITSREQUEST']._serialized_end=923
-  _globals['_LISTPORTRAITSRESPONSE']._serialized_start=925
-  _globals['_LISTPORTRAITSRESPONSE']._serialized_end=1039
-  _globals['_DELETEPORTRAITREQUEST']._serialized_start=1041
-  _globals['_DELETEPORTRAITREQUEST']._serialized_end=1076
-  _globals['_DELETEPORTRAITRESPONSE']._serialized_start=1078
-  _globals['_DELETEPORTRAITRESPONSE']._serialized_end=1102
-  _globals['_PORTRAITSERVICE']._serialized_start=1105
-  _globals['_PORTRAITSERVICE']._serialized_end=1392
+  _globals['_PORTRAIT']._serialized_end=872
+  _globals['_REGISTERPORTRAITRESPONSE']._serialized_start=874
+  _globals['_REGISTERPORTRAITRESPONSE']._serialized_end=940
+  _globals['_LISTPORTRAITSREQUEST']._serialized_start=942
+  _globals['_LISTPORTRAITSREQUEST']._serialized_end=964
+  _globals['_LISTPORTRAITSRESPONSE']._serialized_start=966
+  _globals['_LISTPORTRAITSRESPONSE']._serialized_end=1080
+  _globals['_DELETEPORTRAITREQUEST']._serialized_start=1082
+  _globals['_DELETEPORTRAITREQUEST']._serialized_end=1117
+  _globals['_DELETEPORTRAITRESPONSE']._serialized_start=1119
+  _globals['_DELETEPORTRAITRESPONSE']._serialized_end=1143
+  _globals['_PORTRAITSERVICE']._serialized_start=1146
+  _globals['_PORTRAITSERVICE']._serialized_end=1433
 # @@protoc_insertion_point(module_scope)

@@ -53,7 +53,7 @@ class Face(_message.Message):
     def __init__(self, box: _Optional[_Union[Box, _Mapping]] = ..., landmarks: _Optional[_Iterable[float]] = ..., score: _Optional[float] = ...) -> None: ...
 
 class Portrait(_message.Message):
-    __slots__ = ("id", "width", "height", "faces", "thumbnail", "memory_bytes", "active_streams", "created_at", "expires_at", "options")
+    __slots__ = ("id", "width", "height", "faces", "thumbnail", "memory_bytes", "active_streams", "created_at", "expires_at", "options", "detected_faces")
     ID_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +64,7 @@ class Portrait(_message.Message):
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    DETECTED_FACES_FIELD_NUMBER: _ClassVar[int]
     id: str
     width: int
     height: int
@@ -74,7 +75,8 @@ class Portrait(_message.Message):
     created_at: _timestamp_pb2.Timestamp
     expires_at: _timestamp_pb2.Timestamp
     options: PortraitOptions
-    def __init__(self, id: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., faces: _Optional[_Iterable[_Union[Face, _Mapping]]] = ..., thumbnail: _Optional[bytes] = ..., memory_bytes: _Optional[int] = ..., active_streams: _Optional[int] = ..., created_at: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., expires_at: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., options: _Optional[_Union[PortraitOptions, _Mapping]] = ...) -> None: ...
+    detected_faces: _containers.RepeatedCompositeFieldContainer[Box]
+    def __init__(self, id: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., faces: _Optional[_Iterable[_Union[Face, _Mapping]]] = ..., thumbnail: _Optional[bytes] = ..., memory_bytes: _Optional[int] = ..., active_streams: _Optional[int] = ..., created_at: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., expires_at: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., options: _Optional[_Union[PortraitOptions, _Mapping]] = ..., detected_faces: _Optional[_Iterable[_Union[Box, _Mapping]]] = ...) -> None: ...
 
 class RegisterPortraitResponse(_message.Message):
     __slots__ = ("portrait",)

@@ -47,7 +47,7 @@ class PortraitServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListPortraits(self, request, context):
-        """All portraits, the one used last first.
+        """All portraits of the server, whoever registered them, the one used last first; no pages: Limits.max_portraits bounds it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -16,7 +16,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from lp_edge.proto.v1 import common_pb2 as lp__edge_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17lp_edge/v1/server.proto\x12\nlp_edge.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17lp_edge/v1/common.proto\"\x16\n\x14GetServerInfoRequest\"\x82\x01\n\nBundleInfo\x12\x0e\n\x06\x66\x61mily\x18\x01 \x01(\t\x12\x0f\n\x07variant\x18\x02 \x01(\t\x12\x0f\n\x07licence\x18\x03 \x01(\t\x12\x17\n\x0fmanifest_sha256\x18\x04 \x01(\t\x12)\n\x08networks\x18\x05 \x03(\x0b\x32\x17.lp_edge.v1.NetworkInfo\">\n\x0bNetworkInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x11\n\tprecision\x18\x03 \x01(\t\"<\n\nDeviceInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\x12\x0f\n\x07threads\x18\x03 \x01(\r\"v\n\nMotionInfo\x12\x0e\n\x06\x66\x61mily\x18\x01 \x01(\t\x12,\n\x06layout\x18\x02 \x01(\x0e\x32\x1c.lp_edge.v1.ExpressionLayout\x12\x17\n\x0f\x65xpression_size\x18\x03 \x01(\r\x12\x11\n\tkeypoints\x18\x04 \x01(\r\":\n\x08\x45\x64itInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07minimum\x18\x02 \x01(\x02\x12\x0f\n\x07maximum\x18\x03 \x01(\x02\"\xfe\x02\n\x06Limits\x12\x13\n\x0bmax_streams\x18\x01 \x01(\r\x12\x15\n\rmax_portraits\x18\x02 \x01(\r\x12\x1a\n\x12max_portrait_bytes\x18\x03 \x01(\x04\x12\x11\n\tmax_queue\x18\x04 \x01(\r\x12\x19\n\x11max_message_bytes\x18\x05 \x01(\x04\x12\x12\n\nmax_pixels\x18\x06 \x01(\x04\x12\x18\n\x10max_upload_bytes\x18\x07 \x01(\x04\x12\x1f\n\x17max_shared_memory_bytes\x18\x08 \x01(\x04\x12\x11\n\tmax_batch\x18\t \x01(\r\x12\x31\n\x0emax_batch_wait\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x38\n\x15portrait_time_to_live\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0cidle_timeout\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\"k\n\x04Load\x12\x0f\n\x07streams\x18\x01 \x01(\r\x12\x11\n\tportraits\x18\x02 \x01(\r\x12\x16\n\x0eportrait_bytes\x18\x03 \x01(\x04\x12\x15\n\rwaiting_calls\x18\x04 \x01(\r\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\"\xbc\x03\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12&\n\x06\x62undle\x18\x02 \x01(\x0b\x32\x16.lp_edge.v1.BundleInfo\x12\'\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x16.lp_edge.v1.DeviceInfo\x12&\n\x06motion\x18\x04 \x01(\x0b\x32\x16.lp_edge.v1.MotionInfo\x12#\n\x05\x65\x64its\x18\x05 \x03(\x0b\x32\x14.lp_edge.v1.EditInfo\x12\x11\n\ttemplates\x18\x06 \x03(\t\x12\"\n\x06limits\x18\x07 \x01(\x0b\x32\x12.lp_edge.v1.Limits\x12\x1e\n\x04load\x18\x08 \x01(\x0b\x32\x10.lp_edge.v1.Load\x12\x41\n\x08versions\x18\t \x03(\x0b\x32/.lp_edge.v1.GetServerInfoResponse.VersionsEntry\x12)\n\x06uptime\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\x65\n\rServerService\x12T\n\rGetServerInfo\x12 .lp_edge.v1.GetServerInfoRequest\x1a!.lp_edge.v1.GetServerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17lp_edge/v1/server.proto\x12\nlp_edge.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17lp_edge/v1/common.proto\"\x16\n\x14GetServerInfoRequest\"\x82\x01\n\nBundleInfo\x12\x0e\n\x06\x66\x61mily\x18\x01 \x01(\t\x12\x0f\n\x07variant\x18\x02 \x01(\t\x12\x0f\n\x07licence\x18\x03 \x01(\t\x12\x17\n\x0fmanifest_sha256\x18\x04 \x01(\t\x12)\n\x08networks\x18\x05 \x03(\x0b\x32\x17.lp_edge.v1.NetworkInfo\">\n\x0bNetworkInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x11\n\tprecision\x18\x03 \x01(\t\"<\n\nDeviceInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\x12\x0f\n\x07threads\x18\x03 \x01(\r\"\x9b\x01\n\nMotionInfo\x12\x0e\n\x06\x66\x61mily\x18\x01 \x01(\t\x12,\n\x06layout\x18\x02 \x01(\x0e\x32\x1c.lp_edge.v1.ExpressionLayout\x12\x17\n\x0f\x65xpression_size\x18\x03 \x01(\r\x12\x11\n\tkeypoints\x18\x04 \x01(\r\x12#\n\x07neutral\x18\x05 \x01(\x0b\x32\x12.lp_edge.v1.Motion\"\x7f\n\x08\x45\x64itInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07minimum\x18\x02 \x01(\x02\x12\x0f\n\x07maximum\x18\x03 \x01(\x02\x12\x14\n\x07neutral\x18\x04 \x01(\x02H\x00\x88\x01\x01\x12\x0c\n\x04unit\x18\x05 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x06 \x01(\tB\n\n\x08_neutral\"\xfe\x02\n\x06Limits\x12\x13\n\x0bmax_streams\x18\x01 \x01(\r\x12\x15\n\rmax_portraits\x18\x02 \x01(\r\x12\x1a\n\x12max_portrait_bytes\x18\x03 \x01(\x04\x12\x11\n\tmax_queue\x18\x04 \x01(\r\x12\x19\n\x11max_message_bytes\x18\x05 \x01(\x04\x12\x12\n\nmax_pixels\x18\x06 \x01(\x04\x12\x18\n\x10max_upload_bytes\x18\x07 \x01(\x04\x12\x1f\n\x17max_shared_memory_bytes\x18\x08 \x01(\x04\x12\x11\n\tmax_batch\x18\t \x01(\r\x12\x31\n\x0emax_batch_wait\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x38\n\x15portrait_time_to_live\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0cidle_timeout\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\"k\n\x04Load\x12\x0f\n\x07streams\x18\x01 \x01(\r\x12\x11\n\tportraits\x18\x02 \x01(\r\x12\x16\n\x0eportrait_bytes\x18\x03 \x01(\x04\x12\x15\n\rwaiting_calls\x18\x04 \x01(\r\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\"\xf2\x03\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12&\n\x06\x62undle\x18\x02 \x01(\x0b\x32\x16.lp_edge.v1.BundleInfo\x12\'\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x16.lp_edge.v1.DeviceInfo\x12&\n\x06motion\x18\x04 \x01(\x0b\x32\x16.lp_edge.v1.MotionInfo\x12#\n\x05\x65\x64its\x18\x05 \x03(\x0b\x32\x14.lp_edge.v1.EditInfo\x12\x11\n\ttemplates\x18\x06 \x03(\t\x12\"\n\x06limits\x18\x07 \x01(\x0b\x32\x12.lp_edge.v1.Limits\x12\x1e\n\x04load\x18\x08 \x01(\x0b\x32\x10.lp_edge.v1.Load\x12\x41\n\x08versions\x18\t \x03(\x0b\x32/.lp_edge.v1.GetServerInfoResponse.VersionsEntry\x12)\n\x06uptime\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x34\n\x10output_encodings\x18\x0b \x03(\x0e\x32\x1a.lp_edge.v1.OutputEncoding\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\x65\n\rServerService\x12T\n\rGetServerInfo\x12 .lp_edge.v1.GetServerInfoRequest\x1a!.lp_edge.v1.GetServerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,18 +33,18 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_NETWORKINFO']._serialized_end=315
   _globals['_DEVICEINFO']._serialized_start=317
   _globals['_DEVICEINFO']._serialized_end=377
-  _globals['_MOTIONINFO']._serialized_start=379
-  _globals['_MOTIONINFO']._serialized_end=497
-  _globals['_EDITINFO']._serialized_start=499
-  _globals['_EDITINFO']._serialized_end=557
-  _globals['_LIMITS']._serialized_start=560
-  _globals['_LIMITS']._serialized_end=942
-  _globals['_LOAD']._serialized_start=944
-  _globals['_LOAD']._serialized_end=1051
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=1054
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=1498
-  _globals['_GETSERVERINFORESPONSE_VERSIONSENTRY']._serialized_start=1451
-  _globals['_GETSERVERINFORESPONSE_VERSIONSENTRY']._serialized_end=1498
-  _globals['_SERVERSERVICE']._serialized_start=1500
-  _globals['_SERVERSERVICE']._serialized_end=1601
+  _globals['_MOTIONINFO']._serialized_start=380
+  _globals['_MOTIONINFO']._serialized_end=535
+  _globals['_EDITINFO']._serialized_start=537
+  _globals['_EDITINFO']._serialized_end=664
+  _globals['_LIMITS']._serialized_start=667
+  _globals['_LIMITS']._serialized_end=1049
+  _globals['_LOAD']._serialized_start=1051
+  _globals['_LOAD']._serialized_end=1158
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=1161
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=1659
+  _globals['_GETSERVERINFORESPONSE_VERSIONSENTRY']._serialized_start=1612
+  _globals['_GETSERVERINFORESPONSE_VERSIONSENTRY']._serialized_end=1659
+  _globals['_SERVERSERVICE']._serialized_start=1661
+  _globals['_SERVERSERVICE']._serialized_end=1762
 # @@protoc_insertion_point(module_scope)

@@ -46,26 +46,34 @@ class DeviceInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., backend: _Optional[str] = ..., threads: _Optional[int] = ...) -> None: ...
 
 class MotionInfo(_message.Message):
-    __slots__ = ("family", "layout", "expression_size", "keypoints")
+    __slots__ = ("family", "layout", "expression_size", "keypoints", "neutral")
     FAMILY_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     EXPRESSION_SIZE_FIELD_NUMBER: _ClassVar[int]
     KEYPOINTS_FIELD_NUMBER: _ClassVar[int]
+    NEUTRAL_FIELD_NUMBER: _ClassVar[int]
     family: str
     layout: _common_pb2.ExpressionLayout
     expression_size: int
     keypoints: int
-    def __init__(self, family: _Optional[str] = ..., layout: _Optional[_Union[_common_pb2.ExpressionLayout, str]] = ..., expression_size: _Optional[int] = ..., keypoints: _Optional[int] = ...) -> None: ...
+    neutral: _common_pb2.Motion
+    def __init__(self, family: _Optional[str] = ..., layout: _Optional[_Union[_common_pb2.ExpressionLayout, str]] = ..., expression_size: _Optional[int] = ..., keypoints: _Optional[int] = ..., neutral: _Optional[_Union[_common_pb2.Motion, _Mapping]] = ...) -> None: ...
 
 class EditInfo(_message.Message):
-    __slots__ = ("name", "minimum", "maximum")
+    __slots__ = ("name", "minimum", "maximum", "neutral", "unit", "description")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MINIMUM_FIELD_NUMBER: _ClassVar[int]
     MAXIMUM_FIELD_NUMBER: _ClassVar[int]
+    NEUTRAL_FIELD_NUMBER: _ClassVar[int]
+    UNIT_FIELD_NUMBER: _ClassVar[int]
+    DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
     name: str
     minimum: float
     maximum: float
-    def __init__(self, name: _Optional[str] = ..., minimum: _Optional[float] = ..., maximum: _Optional[float] = ...) -> None: ...
+    neutral: float
+    unit: str
+    description: str
+    def __init__(self, name: _Optional[str] = ..., minimum: _Optional[float] = ..., maximum: _Optional[float] = ..., neutral: _Optional[float] = ..., unit: _Optional[str] = ..., description: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_streams", "max_portraits", "max_portrait_bytes", "max_queue", "max_message_bytes", "max_pixels", "max_upload_bytes", "max_shared_memory_bytes", "max_batch", "max_batch_wait", "portrait_time_to_live", "idle_timeout")
@@ -110,7 +118,7 @@ class Load(_message.Message):
     def __init__(self, streams: _Optional[int] = ..., portraits: _Optional[int] = ..., portrait_bytes: _Optional[int] = ..., waiting_calls: _Optional[int] = ..., draining: bool = ...) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "bundle", "devices", "motion", "edits", "templates", "limits", "load", "versions", "uptime")
+    __slots__ = ("version", "bundle", "devices", "motion", "edits", "templates", "limits", "load", "versions", "uptime", "output_encodings")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -128,6 +136,7 @@ class GetServerInfoResponse(_message.Message):
     LOAD_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     UPTIME_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_ENCODINGS_FIELD_NUMBER: _ClassVar[int]
     version: str
     bundle: BundleInfo
     devices: _containers.RepeatedCompositeFieldContainer[DeviceInfo]
@@ -138,4 +147,5 @@ class GetServerInfoResponse(_message.Message):
     load: Load
     versions: _containers.ScalarMap[str, str]
     uptime: _duration_pb2.Duration
-    def __init__(self, version: _Optional[str] = ..., bundle: _Optional[_Union[BundleInfo, _Mapping]] = ..., devices: _Optional[_Iterable[_Union[DeviceInfo, _Mapping]]] = ..., motion: _Optional[_Union[MotionInfo, _Mapping]] = ..., edits: _Optional[_Iterable[_Union[EditInfo, _Mapping]]] = ..., templates: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., versions: _Optional[_Mapping[str, str]] = ..., uptime: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    output_encodings: _containers.RepeatedScalarFieldContainer[_common_pb2.OutputEncoding]
+    def __init__(self, version: _Optional[str] = ..., bundle: _Optional[_Union[BundleInfo, _Mapping]] = ..., devices: _Optional[_Iterable[_Union[DeviceInfo, _Mapping]]] = ..., motion: _Optional[_Union[MotionInfo, _Mapping]] = ..., edits: _Optional[_Iterable[_Union[EditInfo, _Mapping]]] = ..., templates: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., versions: _Optional[_Mapping[str, str]] = ..., uptime: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ..., output_encodings: _Optional[_Iterable[_Union[_common_pb2.OutputEncoding, str]]] = ...) -> None: ...

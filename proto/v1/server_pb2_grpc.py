@@ -6,7 +6,7 @@ from lp_edge.proto.v1 import server_pb2 as lp__edge_dot_v1_dot_server__pb2
 
 
 class ServerServiceStub(object):
-    """Describes the server.
+    """Describes the server. Authentication of all services: metadata "authorization: Bearer <token>"; without it, or with a wrong one, UNAUTHENTICATED.
     """
 
     def __init__(self, channel):
@@ -23,11 +23,11 @@ class ServerServiceStub(object):
 
 
 class ServerServiceServicer(object):
-    """Describes the server.
+    """Describes the server. Authentication of all services: metadata "authorization: Bearer <token>"; without it, or with a wrong one, UNAUTHENTICATED.
     """
 
     def GetServerInfo(self, request, context):
-        """Bundle, engines, devices, limits and versions; does not change while the server runs, but for `load`.
+        """Bundle, engines, devices, limits and versions; does not change while the server runs, but for load and uptime.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -49,7 +49,7 @@ def add_ServerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ServerService(object):
-    """Describes the server.
+    """Describes the server. Authentication of all services: metadata "authorization: Bearer <token>"; without it, or with a wrong one, UNAUTHENTICATED.
     """
 
     @staticmethod
