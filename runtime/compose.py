@@ -96,7 +96,9 @@ def set_gaps(points: F64, pairs: npt.NDArray[np.intp], gaps: F64, upper_share: f
     """
     upper, lower = points[pairs[:, 0]], points[pairs[:, 1]]
     now = np.maximum(lower[:, 1] - upper[:, 1], 1e-4)
-    surplus = (lower - upper) * (1.0 - gaps / now)[:, None]
+    share = (1.0 - gaps / now)[:, None]
+    sideways = np.maximum(share, -1.0)  # opening a pair that all but touches would throw it sideways
+    surplus = (lower - upper) * np.concatenate([sideways, share, sideways], axis=1)
     crossed = (lower[:, 1] - upper[:, 1]) <= 1e-4
     surplus[crossed] = (lower - upper)[crossed]
     surplus[crossed, 1] -= gaps[crossed]

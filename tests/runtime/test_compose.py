@@ -164,3 +164,19 @@ def test_regions_take_only_their_part(region: str, moves: set[str], turns: bool)
 def test_absolute_expression_needs_the_basis() -> None:
     with pytest.raises(ValueError, match="basis"):
         compose(head(), head(), head(), POINTS, AnimateOptions(relative=False))
+
+
+def test_a_pair_that_all_but_touches_opens_without_being_thrown_sideways() -> None:
+    points = np.array([[0.0, 0.0, 0.0], [0.03, 0.00016, 0.01]])
+    set_gaps(points, np.array([[0, 1]]), np.array([0.0029]), upper_share=0.85)
+    upper, lower = points
+    assert lower[1] - upper[1] == pytest.approx(0.0029, abs=1e-9)
+    # the gap grows by a factor of 18; so did the way sideways: 0.5 units, half of the distance between the eyes
+    assert abs(lower[0] - upper[0]) <= 0.061
+    assert np.abs(points[:, 0] - [0.0, 0.03]).max() < 0.03
+
+
+def test_a_pair_that_opens_to_less_than_twice_keeps_its_direction() -> None:
+    points = np.array([[0.0, 0.0, 0.0], [0.01, 0.02, 0.0]])
+    set_gaps(points, np.array([[0, 1]]), np.array([0.03]), upper_share=0.5)
+    np.testing.assert_allclose(points[1] - points[0], [0.015, 0.03, 0.0])
