@@ -49,6 +49,8 @@ MAX_SIDE = 16_384
 MIN_SIDE = 16
 """Shortest side that can hold anything worth animating."""
 _MAX_BYTES = 1 << 30
+_MAX_PARTS = 1 << 14
+"""Most segments, chunks or blocks that a header's parser walks over; a file of a million empty ones keeps it busy for seconds."""
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 """Suffixes of the picture formats that can be read (GIF: its first frame)."""
@@ -80,6 +82,10 @@ class _Cut(Exception):
     """The bytes end before the header does."""
 
 
+class _Crumbs(Exception):
+    """More parts than a picture has."""
+
+
 def _unpack(fmt: str, data: bytes, at: int) -> tuple[int, ...]:
     try:
         values: tuple[int, ...] = struct.unpack_from(fmt, data, at)
@@ -101,6 +107,12 @@ def picture_header(data: bytes) -> PictureHeader | None:
         if data.startswith(magic) and (name != "webp" or data[8:12] == b"WEBP"):
             try:
                 return parse(data)
+            except _Crumbs as error:
+                raise MediaError(
+                    f"a {name.upper()} file of more than {_MAX_PARTS} parts",
+                    "expected a picture",
+                    "export it again",
+                ) from error
             except _Cut as error:
                 raise MediaError(
                     f"a {name.upper()} file of {len(data)} bytes that ends within its header",
@@ -113,7 +125,7 @@ def picture_header(data: bytes) -> PictureHeader | None:
 def _jpeg(data: bytes) -> PictureHeader:
     # ITU-T T.81 annex B: a chain of segments up to the first scan; the size stands in a start-of-frame segment.
     at, orientation, size = 2, 1, None
-    while True:
+    for _ in range(_MAX_PARTS):
         (marker,) = _unpack(">H", data, at)
         if marker == 0xFFFF:  # fill byte
             at += 1
@@ -139,12 +151,15 @@ def _jpeg(data: bytes) -> PictureHeader:
             complete = data.rfind(b"\xff\xd9", body) >= 0
             return PictureHeader("jpeg", *size, orientation, complete=complete)
         at += 2 + length
+    raise _Crumbs
 
 
 def _png(data: bytes) -> PictureHeader:
     width, height = _unpack(">II", data, 16)
-    at, orientation, complete, pixels = 8, 1, False, False
+    at, orientation, complete, pixels, parts = 8, 1, False, False, 0
     while at + 12 <= len(data):
+        if (parts := parts + 1) > _MAX_PARTS:
+            raise _Crumbs
         (length,) = _unpack(">I", data, at)
         kind, end = data[at + 4 : at + 8], at + 12 + length
         if end > len(data):
@@ -167,7 +182,10 @@ def _webp(data: bytes) -> PictureHeader:
     complete = len(data) >= 8 + riff
     at, orientation = 12, 1
     size: tuple[int, int] | None = None
+    parts = 0
     while at + 8 <= len(data):
+        if (parts := parts + 1) > _MAX_PARTS:
+            raise _Crumbs
         kind, (length,) = data[at : at + 4], _unpack("<I", data, at + 4)
         body = at + 8
         if kind == b"VP8X" and size is None:
@@ -431,22 +449,26 @@ def read_image(
 
 
 _quiet_lock = threading.Lock()
+_quiet: list[int] = []  # the level to go back to, once for everyone who decodes now
 
 
 @contextmanager
 def _quiet_opencv() -> Iterator[None]:
-    """OpenCV prints decoding errors to stderr; the caller gets a MediaError instead."""
+    """OpenCV prints decoding errors to stderr; the caller gets a MediaError instead. Several threads may decode at a time."""
+    get, put = getattr(cv2, "getLogLevel", None), getattr(cv2, "setLogLevel", None)
+    if get is None or put is None:
+        yield
+        return
     with _quiet_lock:
-        get, put = getattr(cv2, "getLogLevel", None), getattr(cv2, "setLogLevel", None)
-        if get is None or put is None:
-            yield
-            return
-        level = get()
+        _quiet.append(_quiet[0] if _quiet else get())
         put(0)
-        try:
-            yield
-        finally:
-            put(level)
+    try:
+        yield
+    finally:
+        with _quiet_lock:
+            level = _quiet.pop()
+            if not _quiet:
+                put(level)
 
 
 def _decode(data: bytes) -> npt.NDArray[np.generic] | None:

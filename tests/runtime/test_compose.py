@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lp_edge.runtime import topology
-from lp_edge.runtime.compose import Limits, compose, soft_limit
+from lp_edge.runtime.compose import Limits, compose, set_gaps, soft_limit
 from lp_edge.runtime.face_motion import load_canonical, motion_from_points, points_from_motion
 from lp_edge.runtime.geometry import rotation_from_euler
 from lp_edge.runtime.motion import Motion
