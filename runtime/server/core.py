@@ -14,7 +14,7 @@ import platform
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib import metadata
@@ -234,17 +234,21 @@ class Core:
     # -- work --------------------------------------------------------------------------------------------
 
     async def compute(self, stream: Stream, fn: Callable[..., T], *args: object) -> T:
-        """Run frame code in a thread; its network calls belong to the stream."""
+        """Run frame code in a thread; its network calls belong to the stream.
+
+        Cancelling this cancels the stream's work and waits for the thread, which ends within a batch: what the code uses
+        may be freed afterwards.
+        """
 
         def run() -> T:
             with stream.device.worker.scope(stream.scope):
                 return fn(*args)
 
-        return await asyncio.get_running_loop().run_in_executor(self._steps, run)
+        return await _joined(self._steps.submit(run), stream.cancel)
 
     async def codec(self, fn: Callable[..., T], *args: object) -> T:
-        """Run short work without networks (decoding, encoding) in a thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._codecs, fn, *args)
+        """Run short work without networks (decoding, encoding) in a thread; cancelling this waits for it."""
+        return await _joined(self._codecs.submit(fn, *args))
 
     async def iterate(
         self, stream: Stream, make: Callable[[], Generator[T, None, None]]
@@ -255,26 +259,11 @@ class Core:
         """
         items = make()
         done = object()
-
-        def step() -> T | object:
-            return next(items, done)
-
-        pending: asyncio.Future[T | object] | None = None
         try:
-            while True:
-                pending = asyncio.ensure_future(self.compute(stream, step))
-                item = await asyncio.shield(pending)
-                if item is done:
-                    return
-                yield item  # type: ignore[misc]
+            while (item := await self.compute(stream, next, items, done)) is not done:
+                yield item
         finally:
-            stream.cancel()
-            if pending is not None:
-                # A generator that is running cannot be closed: wait for the step, which the cancelled scope cuts short.
-                await asyncio.shield(asyncio.wait([pending]))
-                if not pending.cancelled():
-                    pending.exception()
-            await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._steps, items.close))
+            await asyncio.shield(asyncio.wrap_future(self._steps.submit(items.close)))
 
     # -- end ---------------------------------------------------------------------------------------------
 
@@ -314,6 +303,20 @@ class Core:
         for device in self.devices:
             device.close()
         self.devices = []
+
+
+async def _joined(future: Future[T], stop: Callable[[], None] = lambda: None) -> T:
+    """The result of a thread's work. Cancelled, it calls ``stop`` and waits for the thread unless it has not begun."""
+    waiting = asyncio.wrap_future(future)
+    try:
+        return await asyncio.shield(waiting)
+    except asyncio.CancelledError:
+        stop()
+        if not future.cancel():
+            await asyncio.wait([waiting])
+            if not waiting.cancelled():
+                waiting.exception()  # nobody else will ask for it
+        raise
 
 
 def idle_error(limit_s: float) -> DeadlineError:
