@@ -17,6 +17,7 @@ import lp_edge
 
 ROOT = Path(lp_edge.__file__).resolve().parent
 PACKAGES = (
+    "client",
     "engines",
     "export",
     "export/liveportrait",
@@ -24,8 +25,19 @@ PACKAGES = (
     "export/networks",
     "export/training",
     "proto",
+    "proto/v1",
     "runtime",
+    "runtime/server",
 )
+PROTOCOL = {"proto/lp_edge/v1": ".proto", "proto/v1": ".pyi"}
+COMMANDS = {
+    "lp-run": "lp_edge.cli:run",
+    "lp-export": "lp_edge.cli:export",
+    "lp-doctor": "lp_edge.cli:doctor",
+    "lp-bench": "lp_edge.cli:bench",
+    "lp-serve": "lp_edge.runtime.server.command:serve",
+    "lp-client": "lp_edge.client.command:client",
+}
 DATA = ("engines/data", "runtime/data")
 
 pytestmark = pytest.mark.skipif(
@@ -90,8 +102,16 @@ def test_the_wheel_holds_every_module_and_no_other(wheel: list[str]) -> None:
             for path in map(str, sources())
             if path.endswith(".py") and str(Path(path).parent) == package
         }
+    wanted |= protocol()
     modules = {name for name in wheel if name.startswith("lp_edge/") and "/data/" not in name}
     assert modules == wanted
+
+
+def protocol() -> set[str]:
+    """The .proto files, which clients in other languages read, and the types of the generated code."""
+    found = {f"lp_edge/{path}" for path in sources() if PROTOCOL.get(str(path.parent)) == path.suffix}
+    assert {"lp_edge/proto/lp_edge/v1/common.proto", "lp_edge/proto/v1/common_pb2.pyi"} <= found
+    return found
 
 
 def test_the_wheel_holds_all_data(wheel: list[str]) -> None:
@@ -115,8 +135,10 @@ def test_the_wheel_names_its_licence_and_commands(built: Path, wheel: list[str])
     ]
     assert 0 < len(base) <= 10
     assert not [line for line in base if "torch" in line or "tensorrt" in line]
-    for command in ("lp-run", "lp-export", "lp-doctor", "lp-bench"):
-        assert f"{command} = lp_edge.cli:" in scripts
+    lines = {line for line in scripts.splitlines() if "=" in line}
+    assert lines == {f"{command} = {target}" for command, target in COMMANDS.items()}
+    extras = {line.partition(": ")[2] for line in text.splitlines() if line.startswith("Provides-Extra:")}
+    assert {"client", "dev", "export", "gpu", "http", "server", "tensorrt"} <= extras
 
 
 def test_the_sdist_can_be_built_from_and_holds_no_foreign_files(built: Path) -> None:
@@ -124,8 +146,10 @@ def test_the_sdist_can_be_built_from_and_holds_no_foreign_files(built: Path) -> 
     with tarfile.open(path) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     assert {"pyproject.toml", "README.md", "LICENSE", "engines/data/mesh/manifest.json"} <= names
+    assert protocol() <= {f"lp_edge/{name}" for name in names}
     for name in names:
         assert not name.startswith(("build/", "dist/", ".venv", ".git/", "work/")), name
+        assert "node_modules" not in name, name
         assert not name.endswith((".mp4", ".pth", ".pt")), name
 
 

@@ -261,9 +261,11 @@ class AnimateCall:
             asked.result_slot_bytes,
             limit=limit,
         )
-        if wants_results and not layout.result_slots:
+        if wants_results and layout.result_slots < len(config.portrait_ids):
             raise ConfigError(
-                "results in shared memory without result slots", "expected 1 to 64", "ask for some"
+                f"{layout.result_slots} result slots for {len(config.portrait_ids)} portraits",
+                "expected one for each at least: the pictures of a frame are sent together",
+                "ask for more",
             )
 
         def create() -> None:
