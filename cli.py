@@ -49,7 +49,7 @@ _PLAIN_EVERY = 5.0  # seconds between two lines of progress where there is no te
 # -- one frame around every command -------------------------------------------------------------------
 
 
-class _Guarded(click.Command):
+class Guarded(click.Command):
     """A command whose every end is an exit code: errors become a message (or JSON) and the code of their class."""
 
     def main(
@@ -83,7 +83,7 @@ class _Guarded(click.Command):
         sys.exit(code if isinstance(code, int) else 0)
 
 
-class _GuardedGroup(_Guarded, click.Group):
+class GuardedGroup(Guarded, click.Group):
     """A group of commands with the same frame around it."""
 
 
@@ -145,7 +145,7 @@ def _logging(quiet: bool, verbose: bool) -> Iterator[None]:
 # -- options that several commands share ----------------------------------------------------------------
 
 
-def _common(command: Callable[..., Any]) -> Callable[..., Any]:
+def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(
         (
             click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else."),
@@ -413,7 +413,7 @@ def _settings(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command(
-    cls=_Guarded,
+    cls=Guarded,
     name="lp-run",
     epilog="""\b
 Examples:
@@ -488,7 +488,7 @@ Examples:
     help="liveportrait: your own landmark.onnx, and det_10g.onnx with 2d106det.onnx (InsightFace, non-commercial), for crops exactly "
     "as LivePortrait cuts them.",
 )
-@_common
+@common_options
 def run(
     sources: tuple[str, ...],
     driving: tuple[str, ...],
@@ -763,7 +763,7 @@ _EXPORT_OPTIONS = {
 
 
 @click.command(
-    cls=_Guarded,
+    cls=Guarded,
     name="lp-export",
     epilog="""\b
 Examples:
@@ -833,7 +833,7 @@ Examples:
     metavar="BUNDLE",
     help="Export nothing; run the bundle's networks with TensorRT, through Polygraphy, and compare with PyTorch.",
 )
-@_common
+@common_options
 @click.pass_context
 def export(
     context: click.Context,
@@ -1027,7 +1027,7 @@ def _download_progress(silent: bool) -> Iterator[Callable[[str, int, int | None]
 
 
 @click.command(
-    cls=_Guarded,
+    cls=Guarded,
     name="lp-doctor",
     epilog="""\b
 Examples:
@@ -1045,7 +1045,7 @@ Exit codes: 0 the main job works here, 1 something it needs is missing, 130 stop
     metavar="DIR",
     help="Bundle to verify instead of the built-in one.",
 )
-@_common
+@common_options
 def doctor(bundle: Path | None, as_json: bool, quiet: bool, verbose: bool) -> int:
     """Tell what is installed, what really works here, what is missing and how to get it."""
     from lp_edge.runtime.doctor import examine
@@ -1110,7 +1110,7 @@ def _print_report(report: Report) -> None:
 
 
 @click.group(
-    cls=_GuardedGroup,
+    cls=GuardedGroup,
     name="lp-bench",
     epilog="""\b
 Examples:

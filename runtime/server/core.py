@@ -23,7 +23,7 @@ from typing import TypeVar
 from lp_edge.engines.backends import resolve_backend
 from lp_edge.engines.batching import BatchConfig, CallScope, DeviceWorker
 from lp_edge.engines.bundle import MANIFEST, open_bundle, sha256_file
-from lp_edge.errors import DeadlineError, LimitError, ServerUnavailable
+from lp_edge.errors import ConfigError, DeadlineError, LimitError, ServerUnavailable
 from lp_edge.runtime.animator import Animator
 from lp_edge.runtime.server.config import ServerConfig
 from lp_edge.runtime.server.log import StreamLog
@@ -53,8 +53,14 @@ class Device:
 
     def __init__(self, config: ServerConfig, index: int, metrics: Metrics) -> None:
         backend = resolve_backend(replace(config.backend, device=config.devices[index]))
-        bundle = open_bundle(config.bundle)
         on_cpu = backend.backend == "cpu"
+        if on_cpu and len(config.devices) > 1:
+            raise ConfigError(
+                f"{len(config.devices)} devices, and no GPU works here",
+                "expected one: a CPU is one device",
+                "leave --device out, or name the GPUs' backend to see what is missing",
+            )
+        bundle = open_bundle(config.bundle)
         # The mesh family's networks take half of the cores each, so two calls fill a CPU. LivePortrait's fill it alone.
         self.threads = 2 if on_cpu and bundle.manifest.family == "mesh" and (os.cpu_count() or 1) > 1 else 1
         wait = config.max_batch_wait_s
@@ -182,6 +188,7 @@ class Core:
         """ServerUnavailable while networks load, or when the server is about to stop."""
         if self.ready:
             return
+        self.metrics.refused("loading" if self.drain_deadline is None else "draining")
         if self.drain_deadline is not None:
             raise ServerUnavailable(
                 "the server is about to stop",

@@ -73,8 +73,8 @@ def add_services(server: Any, core: Core) -> tuple[str, ...]:
 
 async def _abort(context: Context, error: Exception, stream_id: str = "") -> None:
     """End the call with the status of an error."""
-    if not isinstance(error, LpEdgeError):
-        _LOG.error("unexpected error in %s", stream_id or "a call", exc_info=error)
+    if not isinstance(error, LpEdgeError) and not stream_id:  # a stream's log has it
+        _LOG.error("unexpected error in a call", exc_info=error)
     status, message, metadata = error_metadata(error, stream_id)
     await context.abort(grpc.StatusCode[status], message, metadata)
 
