@@ -247,6 +247,8 @@ class VideoReader(Iterator[Frame]):
             if cut:
                 _log.warning("%s is cut off: %s", self.path.name, cut)
             context.thread_type = "AUTO"
+            # Frames may grow in mid-stream: the decoder refuses them before it allocates (with room for its alignment).
+            context.options = {**context.options, "max_pixels": str(max_pixels + (1 << 20))}
             context.thread_count = threads or min(os.cpu_count() or 1, _MAX_THREADS)
             self._time_base = self._stream.time_base or Fraction(1, 1000)
             self._rate = _frame_rate(self._stream)

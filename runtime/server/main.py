@@ -404,6 +404,7 @@ class _Http:
             log_config=None,
             access_log=False,
             lifespan="off",
+            ws="none",
             server_header=False,
             proxy_headers=False,
             limit_concurrency=config.limits.max_streams + 2 * _UNARY,

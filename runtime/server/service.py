@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -35,7 +36,7 @@ from lp_edge.runtime.motion import Motion
 from lp_edge.runtime.options import AnimateOptions
 from lp_edge.runtime.server import jobs
 from lp_edge.runtime.server.codec import decode_image
-from lp_edge.runtime.server.core import Core, Device, Stream
+from lp_edge.runtime.server.core import Core, Device, Stream, idle_error
 from lp_edge.runtime.server.portraits import StoredPortrait
 from lp_edge.runtime.server.stream import AnimateCall
 from lp_edge.runtime.server.wire import (
@@ -234,19 +235,25 @@ class _Animation(animation_pb2_grpc.AnimationServiceServicer):
         self, requests: AsyncIterator[animation_pb2.ExtractMotionRequest], context: Context
     ) -> None:
         async def work(stream: Stream) -> None:
-            async with aclosing(jobs.extract_motion(self._core, stream, requests)) as responses:
-                async for response in responses:
-                    await context.write(response)
+            await self._forward(jobs.extract_motion(self._core, stream, requests), context)
 
         await _streaming(self._core, context, "extract_motion", work)
 
     async def Render(self, requests: AsyncIterator[animation_pb2.RenderRequest], context: Context) -> None:
         async def work(stream: Stream) -> None:
-            async with aclosing(jobs.render(self._core, stream, requests)) as responses:
-                async for response in responses:
-                    await context.write(response)
+            await self._forward(jobs.render(self._core, stream, requests), context)
 
         await _streaming(self._core, context, "render", work)
+
+    async def _forward(self, responses: AsyncGenerator[Any, None], context: Context) -> None:
+        """Send what a job answers; a client that takes nothing for long does not hold its place."""
+        limit = self._core.config.idle_timeout_s
+        async with aclosing(responses):
+            async for response in responses:
+                try:
+                    await asyncio.wait_for(context.write(response), limit)
+                except asyncio.TimeoutError as error:
+                    raise idle_error(limit) from error
 
 
 class _Server(server_pb2_grpc.ServerServiceServicer):

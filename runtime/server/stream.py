@@ -238,7 +238,15 @@ class AnimateCall:
     def _options_of(self, options: common_pb2.AnimationOptions) -> list[AnimateOptions]:
         """Options for each portrait: its registration's and the stream's."""
         family = self._family.name
-        return [animate_options(portrait_options_message(p.options), options, family) for p in self._stored]
+        made = [animate_options(portrait_options_message(p.options), options, family) for p in self._stored]
+        for portrait, its in zip(self._stored, made, strict=True):
+            if not its.paste_back and len(portrait.faces) > 1:
+                raise ConfigError(
+                    f"paste_back is false for a portrait of {len(portrait.faces)} faces",
+                    "expected one face where the crop alone is the answer",
+                    "register the picture with one face, or paste back",
+                )
+        return made
 
     async def _share(self, config: animation_pb2.AnimateConfig, stack: AsyncExitStack) -> None:
         """Make the shared memory that the client asks for."""

@@ -1083,3 +1083,31 @@ def test_sample_clips(shared: Path, tmp_path: Path) -> None:
             info.width, info.height, info.fps, info.has_audio,
         )  # fmt: skip
         assert got.frames == min(40, info.frames) and got.duration == got.frames / info.fps
+
+
+def test_frames_that_grow_beyond_the_limit_are_refused_by_the_decoder(tmp_path: Path) -> None:
+    """A raw H.264 stream may change its size; what is too large must not be decoded first."""
+
+    def encoded(width: int, height: int, frames: int) -> bytes:
+        context = av.CodecContext.create("libx264", "w")
+        context.width, context.height, context.pix_fmt = width, height, "yuv420p"
+        context.time_base = Fraction(1, 25)
+        context.options = {
+            "preset": "ultrafast",
+            "tune": "zerolatency",
+            "x264-params": "annexb=1:repeat-headers=1",
+        }
+        out = b""
+        for index in range(frames):
+            frame = av.VideoFrame.from_ndarray(np.zeros((height, width, 3), np.uint8), format="rgb24")
+            frame.pts, frame.time_base = index, Fraction(1, 25)
+            out += b"".join(bytes(p) for p in context.encode(frame.reformat(format="yuv420p")))
+        return out + b"".join(bytes(p) for p in context.encode(None))
+
+    path = tmp_path / "grows.h264"
+    path.write_bytes(encoded(320, 240, 3) + encoded(2560, 1440, 2))
+    with VideoReader(path, max_pixels=1_000_000) as reader:
+        seen = [next(reader).rgb.shape for _ in range(3)]
+        with pytest.raises(MediaError, match="exceeds|Invalid data"):
+            next(reader)
+    assert seen == [(240, 320, 3)] * 3
