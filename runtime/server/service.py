@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -57,6 +57,8 @@ T = TypeVar("T")
 Context = Any  # grpc.aio.ServicerContext has no types
 
 _THUMBNAIL, _THUMBNAIL_SIDES = 128, (16, 512)
+_SETTLE_S = 10.0
+"""How long the status of an ended stream waits for a client that does not read; then the stream is reset without one."""
 
 
 def add_services(server: Any, core: Core) -> tuple[str, ...]:
@@ -80,33 +82,60 @@ async def _abort(context: Context, error: Exception, stream_id: str = "") -> Non
     await context.abort(grpc.StatusCode[status], message, metadata)
 
 
-async def _unary(core: Core, context: Context, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Answer a unary call, or end it with an error's status."""
+async def _unary(
+    core: Core, context: Context, work: Callable[[], Coroutine[Any, Any, T]], stream_ids: Sequence[str] = ()
+) -> T:
+    """Answer a unary call, or end it with an error's status; ``work`` may put the id of its stream into ``stream_ids``."""
     try:
         core.check_ready()
         return await work()
     except Exception as error:
-        await _abort(context, error)
+        await _abort(context, error, *stream_ids)
         raise  # abort has raised already
 
 
+class _Answers:
+    """Sends a stream's answers. gRPC takes no status while a message is being sent, and cancelling that does not end it: the client
+    has to read. So a message that is on its way stays there, and the status waits for it.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._sending: asyncio.Future[None] | None = None
+
+    async def write(self, message: Any) -> None:
+        """Send a message; returns when the transport has taken it."""
+        self._sending = asyncio.ensure_future(self._context.write(message))
+        self._sending.add_done_callback(
+            lambda done: done.cancelled() or done.exception()
+        )  # told by whoever waits
+        await asyncio.shield(self._sending)
+
+    async def settle(self) -> bool:
+        """Whether nothing is on its way, if need be after a while."""
+        if self._sending is not None:
+            await asyncio.wait([self._sending], timeout=_SETTLE_S)
+        return self._sending is None or self._sending.done()
+
+
 async def _streaming(
-    core: Core, context: Context, kind: str, work: Callable[[Stream], Coroutine[Any, Any, None]]
+    core: Core, context: Context, kind: str, work: Callable[[Stream, _Answers], Coroutine[Any, Any, None]]
 ) -> None:
     """Admit a stream, run it, and end it with its error's status."""
-    stream_id = ""
+    stream_id, answers = "", _Answers(context)
     try:
         with core.open_stream(kind, context.peer()) as stream:
             stream_id = stream.id
             try:
-                await work(stream)
+                await work(stream, answers)
             except Interrupted as error:
                 if core.drain_deadline is None:
                     raise
                 # the drain's deadline has cut its work short
                 raise ServerUnavailable("the server stops", "", "connect again", retry_after_s=1.0) from error
     except Exception as error:  # CancelledError is none
-        await _abort(context, error, stream_id)
+        if await answers.settle():  # its place is free already
+            await _abort(context, error, stream_id)
         raise
 
 
@@ -117,11 +146,14 @@ class _Portraits(portraits_pb2_grpc.PortraitServiceServicer):
     async def RegisterPortrait(
         self, request: portraits_pb2.RegisterPortraitRequest, context: Context
     ) -> portraits_pb2.RegisterPortraitResponse:
+        stream_ids: list[str] = []
+
         async def work() -> portraits_pb2.RegisterPortraitResponse:
             with self._core.open_stream("register", context.peer()) as stream:
+                stream_ids.append(stream.id)
                 return await register(self._core, stream, request)
 
-        return await _unary(self._core, context, work)
+        return await _unary(self._core, context, work, stream_ids)
 
     async def ListPortraits(
         self, request: portraits_pb2.ListPortraitsRequest, context: Context
@@ -226,32 +258,32 @@ class _Animation(animation_pb2_grpc.AnimationServiceServicer):
         self._core = core
 
     async def Animate(self, requests: AsyncIterator[animation_pb2.AnimateRequest], context: Context) -> None:
-        async def work(stream: Stream) -> None:
-            await AnimateCall(self._core, stream, requests, context.write).run()
+        async def work(stream: Stream, answers: _Answers) -> None:
+            await AnimateCall(self._core, stream, requests, answers.write).run()
 
         await _streaming(self._core, context, "animate", work)
 
     async def ExtractMotion(
         self, requests: AsyncIterator[animation_pb2.ExtractMotionRequest], context: Context
     ) -> None:
-        async def work(stream: Stream) -> None:
-            await self._forward(jobs.extract_motion(self._core, stream, requests), context)
+        async def work(stream: Stream, answers: _Answers) -> None:
+            await self._forward(jobs.extract_motion(self._core, stream, requests), answers)
 
         await _streaming(self._core, context, "extract_motion", work)
 
     async def Render(self, requests: AsyncIterator[animation_pb2.RenderRequest], context: Context) -> None:
-        async def work(stream: Stream) -> None:
-            await self._forward(jobs.render(self._core, stream, requests), context)
+        async def work(stream: Stream, answers: _Answers) -> None:
+            await self._forward(jobs.render(self._core, stream, requests), answers)
 
         await _streaming(self._core, context, "render", work)
 
-    async def _forward(self, responses: AsyncGenerator[Any, None], context: Context) -> None:
+    async def _forward(self, responses: AsyncGenerator[Any, None], answers: _Answers) -> None:
         """Send what a job answers; a client that takes nothing for long does not hold its place."""
         limit = self._core.config.idle_timeout_s
         async with aclosing(responses):
             async for response in responses:
                 try:
-                    await asyncio.wait_for(context.write(response), limit)
+                    await asyncio.wait_for(answers.write(response), limit)
                 except asyncio.TimeoutError as error:
                     raise idle_error(limit) from error
 

@@ -3,7 +3,7 @@
 ::
 
     reader ─> inbox ─> [decode] ─> [read motion] ─> [draw] ─> [encode, write]      lossless: four stages at work at once
-    reader ─> newest ─> [decode, read motion, draw] ─> [encode, write]             live: one frame is drawn at a time
+    reader ─> newest ─> [decode, read motion, draw] ─> [encode, write]             live: one frame at a time
 
 A stage is a task of the event loop that runs its work in a thread and hands the frame on through a queue of one place, so
 nothing runs far ahead of the client that takes the results. In lossless mode a full inbox stops the reading, and HTTP/2's
@@ -14,11 +14,10 @@ flow control stops the sender; in live mode a frame that waits gives way to a ne
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, ExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -160,6 +159,7 @@ class AnimateCall:
         self._skips: deque[animation_pb2.FrameSkipped] = deque(maxlen=_SKIPS)
         self._skipped = asyncio.Event()
         self._heard = time.monotonic()
+        self._blocked: float | None = None
 
     # -- life ------------------------------------------------------------------------------------------
 
@@ -169,13 +169,19 @@ class AnimateCall:
         Raises:
             LpEdgeError: what ends the stream with an error status.
         """
-        request = await anext(self._requests, None)
+        limit = self._core.config.idle_timeout_s
+        try:
+            request = await asyncio.wait_for(anext(self._requests, None), limit)
+        except asyncio.TimeoutError as error:
+            raise idle_error(limit) from error
         if request is None or request.WhichOneof("message") != "config":
             raise _no_configuration(request and (request.WhichOneof("message") or "empty"))
         async with AsyncExitStack() as stack:
             await self._start(request.config, stack)
             works = [asyncio.ensure_future(work) for work in (*self._stages(), self._read_all())]
-            guards = [asyncio.ensure_future(guard) for guard in (self._watch(), self._tell_skipped())]
+            guards = [
+                asyncio.ensure_future(g) for g in (self._watch(), self._tell_skipped(), self._tell_draining())
+            ]
             tasks = [*works, *guards]
             try:
                 await _first_error(works, guards)
@@ -404,37 +410,50 @@ class AnimateCall:
 
     def _stages(self) -> list[Awaitable[None]]:
         if self._live:
-            drawn: asyncio.Queue[_Item | None] = asyncio.Queue(1)
-            return [
-                self._stage(self._next, [self._decode, self._read, self._draw], drawn),
-                self._deliver(drawn),
-            ]
+            return [self._one_by_one()]
         decoded: asyncio.Queue[_Item | None] = asyncio.Queue(1)
         read: asyncio.Queue[_Item | None] = asyncio.Queue(1)
-        drawn = asyncio.Queue(1)
+        drawn: asyncio.Queue[_Item | None] = asyncio.Queue(1)
         return [
-            self._stage(self._next, [self._decode], decoded),
-            self._stage(decoded.get, [self._read], read),
-            self._stage(read.get, [self._draw], drawn),
-            self._deliver(drawn),
+            self._stage(self._next, self._decode, decoded),
+            self._stage(decoded.get, self._read, read),
+            self._stage(read.get, self._draw, drawn),
+            self._deliver_all(drawn),
         ]
+
+    async def _one_by_one(self) -> None:
+        """Live: nothing is begun before the client can take it, so that what it gets is never older than need be."""
+
+        def work(item: _Item) -> None:
+            self._decode(item)
+            self._read(item)
+            self._draw(item)
+
+        while True:
+            await (
+                self._slots_free()
+            )  # before the frame is chosen: what waits meanwhile may give way to a newer one
+            item = await self._next()
+            if item is None:
+                return
+            await self._core.compute(self._stream, work, item)
+            await self._deliver(item)
 
     async def _stage(
         self,
         take: Callable[[], Awaitable[_Item | None]],
-        steps: Sequence[Callable[[_Item], None]],
+        work: Callable[[_Item], None],
         out: asyncio.Queue[_Item | None],
     ) -> None:
-        """Frames from ``take`` through ``steps``, which run in one thread, into ``out``."""
-
-        def work(item: _Item) -> None:
-            for step in steps:
-                step(item)
-
+        """Frames from ``take`` through ``work``, which runs in a thread, into ``out``."""
         while (item := await take()) is not None:
             await self._core.compute(self._stream, work, item)
             await out.put(item)
         await out.put(None)
+
+    async def _deliver_all(self, drawn: asyncio.Queue[_Item | None]) -> None:
+        while (item := await drawn.get()) is not None:
+            await self._deliver(item)
 
     async def _next(self) -> _Item | None:
         """The next frame of the inbox; None when the client has finished."""
@@ -486,95 +505,103 @@ class AnimateCall:
             if item.step is not None and self._output.encoding != "none":
                 item.drawn.append(puppet.draw(item.step, item.watch).rgb)
 
-    async def _deliver(self, drawn: asyncio.Queue[_Item | None]) -> None:
-        """Encode and send what is drawn, in order."""
+    async def _deliver(self, item: _Item) -> None:
+        """Encode and send what is drawn."""
         log = self._stream.log
-        while (item := await drawn.get()) is not None:
-            if item.step is None:  # its picture could not be decoded
-                log.undecodable += 1
-                self._core.metrics.dropped(1, "undecodable")
-                self._skip(item, animation_pb2.SKIP_REASON_UNDECODABLE)
-                self._busy -= 1
-                continue
-            pictures = await self._encode(item)
-            frame = animation_pb2.AnimatedFrame(
-                sequence=item.message.sequence,
-                timestamp_us=item.message.timestamp_us,
-                pictures=pictures,
-                face_state=face_state(item.step.state),  # type: ignore[arg-type]
-                timings=frame_timings(item.watch.received_ns, item.watch.stages, item.watch.elapsed),
-                dropped=log.dropped,
-                undecodable=log.undecodable,
-            )
-            if self._with_motion and item.step.motion is not None:
-                frame.motion.CopyFrom(motion_to_message(item.step.motion, self._space, self._layout))
-            await self._answer(Response(frame=frame))
+        if item.step is None:  # its picture could not be decoded
+            log.undecodable += 1
+            self._core.metrics.dropped(1, "undecodable")
+            self._skip(item, animation_pb2.SKIP_REASON_UNDECODABLE)
             self._busy -= 1
-            log.frames += 1
-            self._core.metrics.frame("animate", item.watch.by_stage(), item.watch.elapsed)
-            self._heard = time.monotonic()
+            return
+        slots = await self._take_slots(item)
+        frame = animation_pb2.AnimatedFrame(
+            pictures=await self._core.codec(self._encode, item, slots) if item.drawn else [],
+            sequence=item.message.sequence,
+            timestamp_us=item.message.timestamp_us,
+            face_state=face_state(item.step.state),  # type: ignore[arg-type]
+            timings=frame_timings(item.watch.received_ns, item.watch.stages, item.watch.elapsed),
+            dropped=log.dropped,
+            undecodable=log.undecodable,
+        )
+        if self._with_motion and item.step.motion is not None:
+            frame.motion.CopyFrom(motion_to_message(item.step.motion, self._space, self._layout))
+        await self._answer(Response(frame=frame))
+        self._busy -= 1
+        log.frames += 1
+        self._core.metrics.frame("animate", item.watch.by_stage(), item.watch.elapsed)
+        self._heard = time.monotonic()
 
-    async def _encode(self, item: _Item) -> list[common_pb2.Picture]:
-        if self._output.encoding != "shared_memory":
-
-            def encode() -> list[common_pb2.Picture]:
-                with item.watch("encode"):
-                    return [e.encode(rgb) for e, rgb in zip(self._encoders, item.drawn, strict=True)]
-
-            return await self._core.codec(encode) if item.drawn else []
+    def _encode(self, item: _Item, slots: Sequence[int | None]) -> list[common_pb2.Picture]:
         pictures = []
-        for encoder, rgb in zip(self._encoders, item.drawn, strict=True):
-            slot = await self._free_slot(item)
-            pictures.append(await self._core.codec(self._store, item, encoder, rgb, slot))
+        with item.watch("encode"):
+            for encoder, rgb, slot in zip(self._encoders, item.drawn, slots, strict=True):
+                if slot is not None and self._shared is not None:
+                    self._shared.write("result", slot, encoder.pixels(rgb))
+                pictures.append(encoder.encode(rgb, slot=slot))
         return pictures
 
-    def _store(self, item: _Item, encoder: PictureEncoder, rgb: U8, slot: int) -> common_pb2.Picture:
-        shared = self._shared
-        if shared is None:
-            raise ProtocolError("results in shared memory", "there is none", "ask for it first")
-        with item.watch("encode"):
-            shared.write("result", slot, encoder.pixels(rgb))
-            return encoder.encode(rgb, slot=slot)
+    async def _slots_free(self) -> None:
+        """Wait until there is a result slot for each picture of a frame, where results travel in shared memory."""
+        if self._output.encoding != "shared_memory" or self._results is None:
+            return
+        self._starved = self._results.free < len(self._puppets)
+        self._changed.set()
+        with self._blocking():
+            while self._results.free < len(self._puppets):
+                self._slot_freed.clear()
+                await self._slot_freed.wait()
+        self._starved = False
 
-    async def _free_slot(self, item: _Item) -> int:
-        if self._results is None or not self._mapped:
+    async def _take_slots(self, item: _Item) -> list[int | None]:
+        """A slot for each picture; None where pictures travel otherwise."""
+        if self._output.encoding != "shared_memory" or self._results is None:
+            return [None] * len(item.drawn)
+        if not self._mapped:
             raise ProtocolError(
                 f"frame {item.message.sequence} before the shared memory was mapped",
                 "expected shared_memory_mapped first",
                 "answer StreamStarted with it",
             )
-        while (slot := self._results.take(item.message.sequence)) is None:
-            self._slot_freed.clear()
-            self._starved = True
-            self._changed.set()
-            await self._slot_freed.wait()
-        self._starved = False
-        return slot
+        await self._slots_free()
+        return [self._results.take(item.message.sequence) for _ in item.drawn]
 
     async def _answer(self, response: Response) -> None:
         async with self._sending:  # a notice and a frame must not be written at once
             if self._driving is not None and self._taken:
                 response.driving_taken = self._taken
                 self._driving.acknowledge(self._taken)  # from now on the client may use these slots
-            await self._send(response)
+            with self._blocking():
+                await self._send(response)
+
+    @contextmanager
+    def _blocking(self) -> Iterator[None]:
+        """The client has to do something before the body ends: read an answer, or free a slot."""
+        before, self._blocked = self._blocked, self._blocked or time.monotonic()
+        try:
+            yield
+        finally:
+            self._blocked = before
 
     # -- the outside -------------------------------------------------------------------------------------
 
+    async def _tell_draining(self) -> None:
+        await self._stream.draining.wait()
+        left = round(1000 * self._core.time_left())
+        await self._answer(Response(draining=animation_pb2.Draining(deadline_ms=left)))
+        await asyncio.Event().wait()  # a guard never ends well
+
     async def _watch(self) -> None:
-        """End a stream that is silent for too long; tell it when the server is about to stop."""
-        limit, told = self._core.config.idle_timeout_s, False
+        """End a stream whose client neither sends nor takes anything, and all of them at the drain's deadline."""
+        limit = self._core.config.idle_timeout_s
         while True:
-            with contextlib.suppress(asyncio.TimeoutError):
-                wait = min(1.0, limit / 4)
-                await (asyncio.sleep(wait) if told else asyncio.wait_for(self._stream.draining.wait(), wait))
-            if self._stream.draining.is_set() and not told:
-                told = True
-                left = round(1000 * self._core.time_left())
-                await self._answer(Response(draining=animation_pb2.Draining(deadline_ms=left)))
-            if told and self._core.time_left() == 0.0:
+            await asyncio.sleep(min(0.25, limit / 4))
+            if self._stream.draining.is_set() and self._core.time_left() == 0.0:
                 raise ServerUnavailable("the server stops", "", "connect again", retry_after_s=1.0)
-            silent = time.monotonic() - self._heard
-            if silent > limit and (self._busy == 0 or self._starved or self._sending.locked()):
+            now = time.monotonic()
+            if (self._busy == 0 and now - self._heard > limit) or (
+                self._blocked is not None and now - self._blocked > limit
+            ):
                 raise idle_error(limit)
 
 

@@ -1108,6 +1108,6 @@ def test_frames_that_grow_beyond_the_limit_are_refused_by_the_decoder(tmp_path: 
     path.write_bytes(encoded(320, 240, 3) + encoded(2560, 1440, 2))
     with VideoReader(path, max_pixels=1_000_000) as reader:
         seen = [next(reader).rgb.shape for _ in range(3)]
-        with pytest.raises(MediaError, match="exceeds|Invalid data"):
+        with pytest.raises(MediaError, match="2560x1440"):
             next(reader)
     assert seen == [(240, 320, 3)] * 3
