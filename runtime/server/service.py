@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
@@ -14,10 +15,11 @@ import cv2
 import grpc
 import numpy as np
 import numpy.typing as npt
+from google.protobuf.message import DecodeError
 from google.protobuf.timestamp_pb2 import Timestamp
 
 import lp_edge
-from lp_edge.errors import ConfigError, Interrupted, LpEdgeError, ServerUnavailable
+from lp_edge.errors import ConfigError, Interrupted, LpEdgeError, ProtocolError, ServerUnavailable
 from lp_edge.proto.v1 import (
     animation_pb2,
     animation_pb2_grpc,
@@ -67,11 +69,51 @@ def add_services(server: Any, core: Core) -> tuple[str, ...]:
     Returns:
         Their full names, for health and reflection.
     """
-    portraits_pb2_grpc.add_PortraitServiceServicer_to_server(_Portraits(core), server)
-    animation_pb2_grpc.add_AnimationServiceServicer_to_server(_Animation(core), server)
-    server_pb2_grpc.add_ServerServiceServicer_to_server(_Server(core), server)
+    tolerant = _Tolerant(server)
+    portraits_pb2_grpc.add_PortraitServiceServicer_to_server(_Portraits(core), tolerant)
+    animation_pb2_grpc.add_AnimationServiceServicer_to_server(_Animation(core), tolerant)
+    server_pb2_grpc.add_ServerServiceServicer_to_server(_Server(core), tolerant)
     files = (portraits_pb2, animation_pb2, server_pb2)
     return tuple(s.full_name for f in files for s in f.DESCRIPTOR.services_by_name.values())
+
+
+class _Tolerant:
+    """Stands for a server while services are added: bytes that are no message reach a unary method as None.
+
+    Left alone, gRPC answers UNKNOWN and logs a traceback for each of them. (In streams the error comes out of the iteration.)
+    """
+
+    def __init__(self, server: Any) -> None:
+        self._server = server
+
+    def add_generic_rpc_handlers(self, handlers: Sequence[Any]) -> None:
+        self._server.add_generic_rpc_handlers([_TolerantHandler(handler) for handler in handlers])
+
+
+class _TolerantHandler:
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def service(self, handler_call_details: Any) -> Any:
+        handler = self._inner.service(handler_call_details)
+        if handler is None or handler.request_streaming:
+            return handler
+        parse = handler.request_deserializer
+
+        def parse_or_none(data: bytes) -> Any:
+            with contextlib.suppress(DecodeError):
+                return parse(data)
+            return None
+
+        return handler._replace(request_deserializer=parse_or_none)
+
+
+def _unparsable() -> ProtocolError:
+    return ProtocolError(
+        "a message that cannot be parsed",
+        "expected the request's message of lp_edge.v1",
+        "build the client from this server's .proto files",
+    )
 
 
 async def _abort(context: Context, error: Exception, stream_id: str = "") -> None:
@@ -83,11 +125,17 @@ async def _abort(context: Context, error: Exception, stream_id: str = "") -> Non
 
 
 async def _unary(
-    core: Core, context: Context, work: Callable[[], Coroutine[Any, Any, T]], stream_ids: Sequence[str] = ()
+    core: Core,
+    context: Context,
+    request: object,
+    work: Callable[[], Coroutine[Any, Any, T]],
+    stream_ids: Sequence[str] = (),
 ) -> T:
     """Answer a unary call, or end it with an error's status; ``work`` may put the id of its stream into ``stream_ids``."""
     try:
         core.check_ready()
+        if request is None:
+            raise _unparsable()
         return await work()
     except Exception as error:
         await _abort(context, error, *stream_ids)
@@ -133,6 +181,16 @@ async def _streaming(
                     raise
                 # the drain's deadline has cut its work short
                 raise ServerUnavailable("the server stops", "", "connect again", retry_after_s=1.0) from error
+            except DecodeError as error:
+                raise _unparsable() from error
+            except LpEdgeError:
+                raise
+            except Exception as error:
+                if (
+                    context.done()
+                ):  # what is sent into a call that the client has left fails in ways of gRPC's own
+                    raise Interrupted("the client has left the call") from error
+                raise
     except Exception as error:  # CancelledError is none
         if await answers.settle():  # its place is free already
             await _abort(context, error, stream_id)
@@ -153,7 +211,7 @@ class _Portraits(portraits_pb2_grpc.PortraitServiceServicer):
                 stream_ids.append(stream.id)
                 return await register(self._core, stream, request)
 
-        return await _unary(self._core, context, work, stream_ids)
+        return await _unary(self._core, context, request, work, stream_ids)
 
     async def ListPortraits(
         self, request: portraits_pb2.ListPortraitsRequest, context: Context
@@ -166,7 +224,7 @@ class _Portraits(portraits_pb2_grpc.PortraitServiceServicer):
                 memory_limit_bytes=self._core.config.limits.max_portrait_bytes,
             )
 
-        return await _unary(self._core, context, work)
+        return await _unary(self._core, context, request, work)
 
     async def DeletePortrait(
         self, request: portraits_pb2.DeletePortraitRequest, context: Context
@@ -175,7 +233,7 @@ class _Portraits(portraits_pb2_grpc.PortraitServiceServicer):
             self._core.store.delete(request.id)
             return portraits_pb2.DeletePortraitResponse()
 
-        return await _unary(self._core, context, work)
+        return await _unary(self._core, context, request, work)
 
 
 async def register(
@@ -302,7 +360,9 @@ class _Server(server_pb2_grpc.ServerServiceServicer):
     async def GetServerInfo(
         self, request: server_pb2.GetServerInfoRequest, context: Context
     ) -> server_pb2.GetServerInfoResponse:
-        """Answers while the server drains, too."""
+        """Answers while the server loads or drains, too."""
+        if request is None:
+            await _abort(context, _unparsable())
         core = self._core
         response = server_pb2.GetServerInfoResponse(
             version=lp_edge.__version__, templates=list(GESTURES), versions=self._versions

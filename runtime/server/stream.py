@@ -105,6 +105,7 @@ class _Item:
     motion: Motion | None = None
     step: DriverFrame | None = None
     drawn: list[U8] = field(default_factory=list)
+    pictures: list[common_pb2.Picture] = field(default_factory=list)
     failed: MediaError | None = None
 
     @property
@@ -158,6 +159,7 @@ class AnimateCall:
         # What a client that does not read will never see need not be kept: AnimatedFrame.dropped tells the numbers.
         self._skips: deque[animation_pb2.FrameSkipped] = deque(maxlen=_SKIPS)
         self._skipped = asyncio.Event()
+        self._answered = False  # all frames are
         self._heard = time.monotonic()
         self._blocked: float | None = None
 
@@ -179,14 +181,14 @@ class AnimateCall:
         async with AsyncExitStack() as stack:
             await self._start(request.config, stack)
             works = [asyncio.ensure_future(work) for work in (*self._stages(), self._read_all())]
-            guards = [
-                asyncio.ensure_future(g) for g in (self._watch(), self._tell_skipped(), self._tell_draining())
-            ]
-            tasks = [*works, *guards]
+            teller = asyncio.ensure_future(self._tell_skipped())
+            guards = [asyncio.ensure_future(guard) for guard in (self._watch(), self._tell_draining())]
+            tasks = [*works, teller, *guards]
             try:
-                await _first_error(works, guards)
-                while self._skips:  # the client hears of every frame before the end
-                    await self._answer(Response(skipped=self._skips.popleft()))
+                await _first_error(works, [teller, *guards])
+                self._answered = True
+                self._skipped.set()
+                await _first_error([teller], guards)  # the client hears of every frame before the end
             finally:
                 self._stream.cancel()  # what still computes stops within a batch
                 for task in tasks:
@@ -400,7 +402,7 @@ class AnimateCall:
         self._skipped.set()
 
     async def _tell_skipped(self) -> None:
-        while True:
+        while not self._answered:
             await self._skipped.wait()
             self._skipped.clear()
             while self._skips:
@@ -428,6 +430,10 @@ class AnimateCall:
             self._decode(item)
             self._read(item)
             self._draw(item)
+            if (
+                item.drawn and self._results is None
+            ):  # one change of threads less; slots are the event loop's business
+                item.pictures = self._encode(item, [None] * len(item.drawn))
 
         while True:
             await (
@@ -514,9 +520,11 @@ class AnimateCall:
             self._skip(item, animation_pb2.SKIP_REASON_UNDECODABLE)
             self._busy -= 1
             return
-        slots = await self._take_slots(item)
+        if item.drawn and not item.pictures:
+            slots = await self._take_slots(item)
+            item.pictures = await self._core.codec(self._encode, item, slots)
         frame = animation_pb2.AnimatedFrame(
-            pictures=await self._core.codec(self._encode, item, slots) if item.drawn else [],
+            pictures=item.pictures,
             sequence=item.message.sequence,
             timestamp_us=item.message.timestamp_us,
             face_state=face_state(item.step.state),  # type: ignore[arg-type]
