@@ -128,7 +128,7 @@ def _terminable() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _logging(quiet: bool, verbose: bool) -> Iterator[None]:
+def logging_to_console(quiet: bool, verbose: bool) -> Iterator[None]:
     logger = logging.getLogger("lp_edge")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
@@ -191,7 +191,7 @@ def _backend(backend: str, device: int, threads: int) -> BackendConfig:
 
 # -- lp-run -----------------------------------------------------------------------------------------------
 
-_MOTION_OPTIONS = (
+MOTION_OPTIONS = (
     click.option(
         "--region",
         type=click.Choice(["all", "exp", "pose", "lip", "eyes"]),
@@ -231,7 +231,7 @@ _MOTION_OPTIONS = (
     ),
 )
 
-_PICTURE_OPTIONS = (
+PICTURE_OPTIONS = (
     click.option(
         "--faces",
         default="largest",
@@ -286,7 +286,7 @@ _PICTURE_OPTIONS = (
     ),
 )
 
-_LIVEPORTRAIT_OPTIONS = (
+LIVEPORTRAIT_OPTIONS = (
     click.option(
         "--driving-option",
         type=click.Choice(["expression-friendly", "pose-friendly"]),
@@ -407,7 +407,7 @@ _LIVEPORTRAIT_OPTIONS = (
 
 def _settings(command: Callable[..., Any]) -> Callable[..., Any]:
     """All options that one run of a batch may have of its own: those of :mod:`lp_edge.runtime.settings`."""
-    for option in reversed((*_MOTION_OPTIONS, *_PICTURE_OPTIONS, *_LIVEPORTRAIT_OPTIONS)):
+    for option in reversed((*MOTION_OPTIONS, *PICTURE_OPTIONS, *LIVEPORTRAIT_OPTIONS)):
         command = option(command)
     return command
 
@@ -557,9 +557,9 @@ def run(
     silent = quiet or as_json
     if batch is not None or len(sources) > 1 or Path(sources[0]).is_dir():
         everything = (*sources, batch) if batch is not None else sources
-        with _logging(silent, verbose):
+        with logging_to_console(silent, verbose):
             return _run_batch(config, listed, everything, output or ".", resume, as_json, quiet)
-    with _logging(silent, verbose), _progress(silent) as progress:
+    with logging_to_console(silent, verbose), progress_bar(silent) as progress:
         result = run_job(config, progress)
     if as_json:
         click.echo(json.dumps({"ok": True, **_result_json(result)}))
@@ -665,7 +665,7 @@ def _batch_progress(silent: bool) -> Iterator[Callable[[BatchProgress], None] | 
             bar.close()
             if now.outcome is None:
                 click.echo(place, err=True)
-                update = bar.enter_context(_progress(False))  # a new one: its speed is that of this job
+                update = bar.enter_context(progress_bar(False))  # a new one: its speed is that of this job
             elif now.outcome.result is None:
                 click.echo(f"{place}: {now.outcome.state}", err=True)
 
@@ -705,7 +705,7 @@ def _print_result(result: RunResult) -> None:
 
 
 @contextlib.contextmanager
-def _progress(silent: bool) -> Iterator[Callable[[Progress], None] | None]:
+def progress_bar(silent: bool) -> Iterator[Callable[[Progress], None] | None]:
     """A bar with frames a second and time left on a terminal, a line every few seconds elsewhere; both on stderr."""
     if silent:
         yield None
@@ -735,7 +735,7 @@ def _progress(silent: bool) -> Iterator[Callable[[Progress], None] | None]:
 
 
 def _plain_progress() -> Callable[[Progress], None]:
-    last = time.monotonic()
+    last, name = time.monotonic(), click.get_current_context().find_root().info_name
 
     def update(now: Progress) -> None:
         nonlocal last
@@ -744,7 +744,7 @@ def _plain_progress() -> Callable[[Progress], None]:
         last = time.monotonic()
         whole = "" if now.expected is None else f" of {now.expected}"
         left = "" if now.left is None else f", {now.left:.0f} s left"
-        click.echo(f"lp-run: {now.frames}{whole} frames, {now.fps:.1f} frames/s{left}", err=True)
+        click.echo(f"{name}: {now.frames}{whole} frames, {now.fps:.1f} frames/s{left}", err=True)
 
     return update
 
@@ -864,7 +864,7 @@ def export(
             click.echo(f"lp-export: {line}", err=True)
 
     folder: Path | None
-    with _logging(silent, verbose):
+    with logging_to_console(silent, verbose):
         if task == "mesh":
             from lp_edge.engines.bundle import builtin_directory
 
@@ -1050,7 +1050,7 @@ def doctor(bundle: Path | None, as_json: bool, quiet: bool, verbose: bool) -> in
     """Tell what is installed, what really works here, what is missing and how to get it."""
     from lp_edge.runtime.doctor import examine
 
-    with _logging(quiet or as_json, verbose):
+    with logging_to_console(quiet or as_json, verbose):
         report = examine(bundle)
     if as_json:
         click.echo(json.dumps(report.as_dict()))
@@ -1166,7 +1166,7 @@ def bench_run(
         warmup=warmup,
         limit=frames,
     )
-    with _logging(False, verbose):
+    with logging_to_console(False, verbose):
         for record in records:
             click.echo(json.dumps(record))
 
@@ -1195,6 +1195,6 @@ def bench_warp(
     records = measure(
         size, batches, seconds=seconds, bundle=bundle, backend=_backend(backend, device, threads)
     )
-    with _logging(False, verbose):
+    with logging_to_console(False, verbose):
         for record in records:
             click.echo(json.dumps(record))

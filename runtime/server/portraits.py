@@ -96,7 +96,7 @@ class StoredPortrait:
         ttl_s: float,
         now: float,
     ) -> None:
-        self.id = secrets.token_urlsafe(16)
+        self.id = _new_id()
         self.rgb, self.options, self.faces, self.ttl_s = rgb, options, list(faces), ttl_s
         self.created_at, self.active = time.time(), 0
         self._store, self._prepare = store, prepare
@@ -132,6 +132,13 @@ class StoredPortrait:
                     del self._prepared[device_index]
                     raise
             return list(self._prepared[device_index])
+
+
+def _new_id() -> str:
+    """128 random bits; a leading dash would make it an option on a command line."""
+    while (text := secrets.token_urlsafe(16)).startswith("-"):
+        pass
+    return text
 
 
 class PortraitStore:

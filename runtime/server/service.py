@@ -29,12 +29,10 @@ from lp_edge.proto.v1 import (
     server_pb2,
     server_pb2_grpc,
 )
-from lp_edge.runtime.face_motion import motion_from_points
 from lp_edge.runtime.faces import Face, left_to_right, select_faces
 from lp_edge.runtime.family import Portrait
 from lp_edge.runtime.gestures import GESTURES
 from lp_edge.runtime.image import encode_image
-from lp_edge.runtime.motion import Motion
 from lp_edge.runtime.options import AnimateOptions
 from lp_edge.runtime.server import jobs
 from lp_edge.runtime.server.codec import decode_image
@@ -42,11 +40,9 @@ from lp_edge.runtime.server.core import Core, Device, Stream, idle_error
 from lp_edge.runtime.server.portraits import StoredPortrait
 from lp_edge.runtime.server.stream import AnimateCall
 from lp_edge.runtime.server.wire import (
-    MotionSpace,
     animate_options,
     edit_infos,
     error_metadata,
-    motion_to_message,
     portrait_options_message,
 )
 
@@ -383,20 +379,6 @@ class _Server(server_pb2_grpc.ServerServiceServicer):
         return response
 
 
-def _at_rest(space: MotionSpace) -> Motion:
-    """A frontal face without expression."""
-    if space.family == "mesh" and space.canonical is not None:
-        return motion_from_points(space.canonical.points * 100.0, space.canonical)
-    return Motion(
-        rotation=np.eye(3, dtype=np.float32),
-        translation=np.zeros(3, np.float32),
-        scale=np.float32(1.0),
-        expression=np.zeros((space.keypoints, 3), np.float32),
-        eye_ratio=np.full(2, 0.35, np.float32),
-        lip_ratio=np.float32(0.0),
-    )
-
-
 def _describe(core: Core, response: server_pb2.GetServerInfoResponse) -> None:
     """Bundle, devices, motion and limits."""
     limits, config = core.config.limits, core.config
@@ -421,16 +403,7 @@ def _describe(core: Core, response: server_pb2.GetServerInfoResponse) -> None:
     response.limits.max_batch_wait.FromNanoseconds(int(core.devices[0].max_wait_s * 1e9))
     bundle = core.devices[0].animator.bundle
     manifest = bundle.manifest
-    space = core.space
-    response.motion.CopyFrom(
-        server_pb2.MotionInfo(
-            family=space.family,
-            layout=space.layout,  # type: ignore[arg-type]
-            expression_size=space.expression_size(),
-            keypoints=space.keypoints,
-            neutral=motion_to_message(_at_rest(space), space),
-        )
-    )
+    response.motion.CopyFrom(core.space.info)
     response.bundle.CopyFrom(
         server_pb2.BundleInfo(
             family=manifest.family,
