@@ -705,13 +705,13 @@ def _print_result(result: RunResult) -> None:
 
 
 @contextlib.contextmanager
-def progress_bar(silent: bool) -> Iterator[Callable[[Progress], None] | None]:
+def progress_bar(silent: bool, name: str = "lp-run") -> Iterator[Callable[[Progress], None] | None]:
     """A bar with frames a second and time left on a terminal, a line every few seconds elsewhere; both on stderr."""
     if silent:
         yield None
         return
     if not sys.stderr.isatty():
-        yield _plain_progress()
+        yield _plain_progress(name)
         return
 
     from rich.console import Console
@@ -734,8 +734,8 @@ def progress_bar(silent: bool) -> Iterator[Callable[[Progress], None] | None]:
         yield update
 
 
-def _plain_progress() -> Callable[[Progress], None]:
-    last, name = time.monotonic(), click.get_current_context().find_root().info_name
+def _plain_progress(name: str) -> Callable[[Progress], None]:
+    last = time.monotonic()
 
     def update(now: Progress) -> None:
         nonlocal last

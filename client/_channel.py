@@ -36,7 +36,7 @@ __all__ = ["CHUNK_BYTES", "Backoff", "Settings", "Stubs", "grpc", "is_local", "r
 CHUNK_BYTES = 256 * 1024
 """Bytes of a file that travel in one message."""
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 3.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 1.0
 
 
 @dataclass(frozen=True)

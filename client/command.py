@@ -566,7 +566,7 @@ def animate(
                 driving_size=source.size,
                 send_as=send_as,
             ) as stream,
-            progress_bar(connection.silent) as progress,
+            progress_bar(connection.silent, "lp-client") as progress,
         ):
             sink: _Placed | _Standard = _Standard() if stdout else _Placed(place, source, crf)
             result = _drive(stream, source, sink, progress)
@@ -663,7 +663,7 @@ def _call_progress(silent: bool) -> Iterator[Callable[[CallProgress], None] | No
     """The progress of a call of the server, shown as that of a run."""
     from lp_edge.runtime.job import Progress
 
-    with progress_bar(silent) as show:
+    with progress_bar(silent, "lp-client") as show:
         start = time.perf_counter()
 
         def tell(now: CallProgress) -> None:

@@ -438,7 +438,7 @@ def test_plain_progress_is_a_line_every_few_seconds(
 
     now = 0.0
     monkeypatch.setattr(cli.time, "monotonic", lambda: now)
-    with cli._progress(False) as progress:
+    with cli.progress_bar(False) as progress:
         assert progress is not None
         for i in range(1, 121):
             now = i / 10
@@ -454,7 +454,7 @@ def test_a_terminal_shows_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch:
 
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
-    with cli._progress(False) as progress:
+    with cli.progress_bar(False) as progress:
         assert progress is not None
         progress(Progress(30, 120, 1.0))
         progress(Progress(60, 120, 2.0))
