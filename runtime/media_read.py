@@ -279,8 +279,15 @@ class VideoReader(Iterator[Frame]):
         container = self._opened()
         # A cover picture in a sound file is a video stream of one picture; it is no clip.
         for stream in container.streams.video:
-            if not int(stream.disposition.value) & _ATTACHED_PICTURE:
-                return stream
+            if int(stream.disposition.value) & _ATTACHED_PICTURE:
+                continue
+            if stream.codec_context is None:  # a damaged header does it
+                raise MediaError(
+                    f"{self.path.name} does not say how its pictures are coded, or in a way that is not known here",
+                    "expected a video such as MP4 (H.264), WebM or GIF",
+                    "convert it to MP4",
+                )
+            return stream
         if container.streams.audio:
             raise MediaError(
                 f"{self.path.name} holds sound only ({container.streams.audio[0].codec_context.name})",
@@ -416,7 +423,13 @@ class VideoReader(Iterator[Frame]):
 
 def open_container(path: Path) -> av.container.InputContainer:
     # "file:" keeps a name such as "concat:x" from being taken for a protocol.
-    return av.open(f"file:{path.absolute()}", "r", container_options={"format_whitelist": _DEMUXERS})
+    # A title that is no UTF-8 is no reason not to read the pictures.
+    return av.open(
+        f"file:{path.absolute()}",
+        "r",
+        metadata_errors="replace",
+        container_options={"format_whitelist": _DEMUXERS},
+    )
 
 
 def no_clip(path: Path, error: av.error.FFmpegError, cut: str = "") -> MediaError:

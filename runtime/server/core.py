@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import platform
 import secrets
@@ -30,8 +31,11 @@ from lp_edge.runtime.server.log import StreamLog
 from lp_edge.runtime.server.metrics import Metrics
 from lp_edge.runtime.server.portraits import PortraitStore
 from lp_edge.runtime.server.wire import MotionSpace
+from lp_edge.runtime.shared_frames import sweep
 
 __all__ = ["Core", "Device", "Stream", "idle_error"]
+
+_LOG = logging.getLogger("lp_edge")
 
 T = TypeVar("T")
 
@@ -157,6 +161,8 @@ class Core:
         Raises:
             BundleError, BackendUnavailable, EngineError, ConfigError: a device cannot be used.
         """
+        if self.config.limits.max_shared_memory_bytes and (left := sweep()):
+            _LOG.warning("removed %d shared memory segments of servers that were killed", left)
         try:
             for index in range(len(self.config.devices)):
                 self.devices.append(Device(self.config, index, self.metrics))

@@ -146,20 +146,24 @@ class _Answers:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._sending: asyncio.Future[None] | None = None
+        self.gone = False
 
     async def write(self, message: Any) -> None:
-        """Send a message; returns when the transport has taken it."""
+        """Send a message; returns when the transport has taken it. Interrupted: the client has left."""
         self._sending = asyncio.ensure_future(self._context.write(message))
-        self._sending.add_done_callback(
-            lambda done: done.cancelled() or done.exception()
-        )  # told by whoever waits
-        await asyncio.shield(self._sending)
+        # whoever waits tells of its error; nobody may be waiting any more
+        self._sending.add_done_callback(lambda done: done.cancelled() or done.exception())
+        try:
+            await asyncio.shield(self._sending)
+        except Exception as error:  # gRPC has no public name for it
+            self.gone = True
+            raise Interrupted("the client has left the call") from error
 
     async def settle(self) -> bool:
-        """Whether nothing is on its way, if need be after a while."""
+        """Whether a status can be sent: nothing is on its way any more, if need be after a while."""
         if self._sending is not None:
             await asyncio.wait([self._sending], timeout=_SETTLE_S)
-        return self._sending is None or self._sending.done()
+        return not self.gone and (self._sending is None or self._sending.done())
 
 
 async def _streaming(
@@ -172,25 +176,18 @@ async def _streaming(
             stream_id = stream.id
             try:
                 await work(stream, answers)
+            except DecodeError as error:
+                raise _unparsable() from error
             except Interrupted as error:
-                if core.drain_deadline is None:
+                if answers.gone or core.drain_deadline is None:
                     raise
                 # the drain's deadline has cut its work short
                 raise ServerUnavailable("the server stops", "", "connect again", retry_after_s=1.0) from error
-            except DecodeError as error:
-                raise _unparsable() from error
-            except LpEdgeError:
-                raise
-            except Exception as error:
-                if (
-                    context.done()
-                ):  # what is sent into a call that the client has left fails in ways of gRPC's own
-                    raise Interrupted("the client has left the call") from error
-                raise
     except Exception as error:  # CancelledError is none
         if await answers.settle():  # its place is free already
             await _abort(context, error, stream_id)
-        raise
+        # Nobody is there to be told: as if gRPC had cancelled the call.
+        raise asyncio.CancelledError from error
 
 
 class _Portraits(portraits_pb2_grpc.PortraitServiceServicer):
