@@ -1,0 +1,203 @@
+"""Arrays on the fake device (tests/fake_cuda)."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lp_edge.engines.backends import BackendConfig, open_runner
+from lp_edge.engines.cuda import Cuda, CudaStream, open_cuda
+from lp_edge.engines.device import DeviceArray, device_array, to_device
+from lp_edge.engines.runner import Array, to_host
+from lp_edge.errors import EngineError, LimitError, TensorError
+from lp_edge.tests.fake_cuda.device import H200, ORIN, FakeCuda, Launch
+
+SOURCE = 'extern "C" __global__ void twice(float* x, int n) { }'
+
+
+def twice(launch: Launch, x: np.ndarray, n: int) -> None:
+    x[:n] *= 2
+
+
+@pytest.fixture(params=[H200, ORIN], ids=["discrete", "integrated"])
+def fake(request: pytest.FixtureRequest) -> Iterator[FakeCuda]:
+    device = FakeCuda(request.param)
+    device.kernels["twice"] = twice
+    yield device
+    device.verify()
+
+
+@pytest.fixture
+def cuda(fake: FakeCuda) -> Iterator[Cuda]:
+    with open_cuda(runtime=fake) as opened:
+        yield opened
+
+
+@pytest.fixture
+def stream(cuda: Cuda) -> CudaStream:
+    return cuda.stream()
+
+
+DATA = np.arange(24, dtype=np.float32).reshape(4, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        DATA,
+        DATA.astype(np.float16),
+        DATA.astype(np.uint8),
+        DATA[:, ::-1].transpose(2, 0, 1),
+        np.float32(3)[...],
+        DATA[:0],
+    ],
+    ids=["float32", "float16", "uint8", "strided", "scalar", "empty"],
+)
+def test_up_and_down(cuda: Cuda, stream: CudaStream, data: np.ndarray):
+    array = to_device(cuda, data, stream)
+    assert isinstance(array, Array)
+    assert (array.shape, array.dtype, array.nbytes) == (data.shape, data.dtype, data.nbytes)
+    for host in (to_host(array), np.asarray(array), np.array(array, copy=True)):
+        assert host.flags.c_contiguous and host.flags.writeable and host.dtype == data.dtype
+        np.testing.assert_array_equal(host, data)
+
+
+def test_a_download_may_convert_but_never_is_a_view(cuda: Cuda, stream: CudaStream):
+    array = to_device(cuda, DATA, stream)
+    assert np.asarray(array, np.float64).dtype == np.float64
+    assert array.__array__(np.float32).dtype == np.float32
+    with pytest.raises(ValueError, match="without a copy"):
+        array.__array__(copy=False)
+
+
+def test_a_download_waits_for_its_stream(cuda: Cuda, stream: CudaStream):
+    array = to_device(cuda, DATA, stream)
+    cuda.kernel(SOURCE, "twice")(1, 32, (array, np.int32(24)), stream)
+    np.testing.assert_array_equal(to_host(array), DATA * 2)
+
+
+def test_rows_and_reshape_share_memory(cuda: Cuda, stream: CudaStream):
+    array = to_device(cuda, DATA, stream)
+    rows = array.rows(1, 3)
+    np.testing.assert_array_equal(to_host(rows), DATA[1:3])
+    np.testing.assert_array_equal(to_host(rows.rows(1, 2).reshape(3, 2)), DATA[2].reshape(3, 2))
+    cuda.kernel(SOURCE, "twice")(1, 32, (rows.rows(0, 1), np.int32(6)), stream)
+    np.testing.assert_array_equal(to_host(array)[1], DATA[1] * 2)
+    assert array.rows(4, 4).shape == (0, 2, 3) and array.rows(2, 2).rows(0, 0).nbytes == 0
+    assert rows.buffer is array.buffer and rows.stream is stream
+
+
+def test_views_keep_memory_and_the_last_gives_it_back(cuda: Cuda, fake: FakeCuda, stream: CudaStream):
+    array = to_device(cuda, DATA, stream)
+    stream.synchronize()
+    pointer = array.pointer
+    rows = array.rows(0, 2)
+    del array
+    gc.collect()
+    other = device_array(cuda, DATA.shape, DATA.dtype, stream)
+    assert other.pointer != pointer
+    del rows
+    gc.collect()
+    assert device_array(cuda, DATA.shape, DATA.dtype, stream).pointer == pointer
+    assert fake.count("cudaMalloc") == 2
+
+
+def test_memory_dropped_under_work_is_not_given_to_another_stream(
+    cuda: Cuda, fake: FakeCuda, stream: CudaStream
+):
+    other = cuda.stream()
+    array = to_device(cuda, DATA, stream)
+    pointer = array.pointer
+    other.wait(array.stream.record())
+    array.use(other)
+    copy = device_array(cuda, DATA.shape, DATA.dtype, other)
+    cuda.copy_on_device(array.buffer, copy.buffer, DATA.nbytes, other)
+    del array
+    gc.collect()
+    fresh = to_device(cuda, DATA + 1, stream)  # the fake tells of a race if this were the same memory
+    assert fresh.pointer != pointer
+    np.testing.assert_array_equal(to_host(copy), DATA)
+    np.testing.assert_array_equal(to_host(fresh), DATA + 1)
+
+
+def test_copy_to_pinned_memory(cuda: Cuda, stream: CudaStream):
+    array = to_device(cuda, DATA, stream)
+    image = cuda.pinned(DATA.nbytes)
+    out = image.array(np.float32, DATA.shape)
+    array.copy_to(out)
+    assert not np.array_equal(out, DATA)
+    stream.synchronize()
+    np.testing.assert_array_equal(out, DATA)
+    for wrong in (image.array(np.float32), image.array(np.int32, DATA.shape)):
+        with pytest.raises(TensorError, match=r"download of float32 \[4, 2, 3\] into"):
+            array.copy_to(wrong)
+
+
+def test_cuda_array_interface(cuda: Cuda, stream: CudaStream):
+    array = to_device(cuda, DATA, stream)
+    assert array.rows(1, 2).__cuda_array_interface__ == {
+        "shape": (1, 2, 3),
+        "typestr": "<f4",
+        "data": (array.pointer + 24, False),
+        "version": 3,
+        "strides": None,
+        "stream": stream.handle,
+    }
+    assert array.rows(4, 4).__cuda_array_interface__["data"] == (0, False)  # as the protocol asks for
+
+
+def test_arrays_that_do_not_fit(cuda: Cuda, stream: CudaStream):
+    buffer = cuda.alloc(16)
+    for shape, dtype, offset in (
+        ((5,), "f4", 0),
+        ((4,), "f4", 4),
+        ((1,), "f4", 2),
+        ((-1,), "f4", 0),
+        ((1,), "f4", -4),
+    ):
+        with pytest.raises(TensorError, match="a device array of"):
+            DeviceArray(buffer, shape, dtype, stream, offset=offset)
+    array = DeviceArray(buffer, (2, 2), np.float32, stream)
+    for start, stop in ((-1, 1), (1, 0), (0, 3)):
+        with pytest.raises(TensorError, match="rows"):
+            array.rows(start, stop)
+    with pytest.raises(TensorError, match=r"rows 0 to 1 of a device array of shape \[\]"):
+        DeviceArray(buffer, (), np.float32, stream).rows(0, 1)
+    with pytest.raises(TensorError, match=r"reshape of \[2, 2\] to \[3\]"):
+        array.reshape(3)
+    assert repr(array) == f"DeviceArray(float32 [2, 2] on {cuda.name})"
+
+
+def test_a_closed_array(cuda: Cuda, fake: FakeCuda, stream: CudaStream):
+    array = to_device(cuda, DATA, stream)
+    rows = array.rows(0, 1)
+    array.close()
+    array.close()
+    for use in (lambda: array.pointer, lambda: to_host(rows), lambda: rows.use(stream)):
+        with pytest.raises(EngineError, match="closed DeviceBuffer"):
+            use()
+
+
+def test_errors_of_the_device_come_through(cuda: Cuda, fake: FakeCuda, stream: CudaStream):
+    fake.fail("cudaMalloc", 2)
+    with pytest.raises(LimitError, match="for 512 bytes"):
+        to_device(cuda, DATA, stream)
+    array = to_device(cuda, DATA, stream)
+    fake.fail("cudaMemcpyAsync", 1)
+    with pytest.raises(EngineError, match="cudaMemcpyAsync"):
+        to_host(array)
+
+
+def test_a_host_runner_takes_device_arrays(cuda: Cuda, stream: CudaStream, toys: Path):
+    """Handing an array from one backend to another needs no call in between."""
+    with open_runner(toys / "face_mesh.onnx", BackendConfig("cpu")) as runner:
+        (spec,) = runner.inputs.values()
+        data = np.full([1 if isinstance(axis, str) else axis for axis in spec.shape], 0.25, spec.dtype)
+        wanted = runner.infer({spec.name: data})
+        got = runner.infer({spec.name: to_device(cuda, data, stream)})
+    for name in wanted:
+        np.testing.assert_array_equal(got[name], wanted[name])
