@@ -22,9 +22,11 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import stat
+import struct
 import tempfile
 import zipfile
 import zlib
@@ -43,7 +45,17 @@ from lp_edge.runtime.face_motion import Canonical, load_canonical
 from lp_edge.runtime.geometry import orthonormal
 from lp_edge.runtime.motion import Motion
 
-__all__ = ["KEYPOINTS", "MAX_BYTES", "MAX_FRAMES", "MotionTemplate", "load_template", "save_template"]
+__all__ = [
+    "BROKEN_ARCHIVE",
+    "KEYPOINTS",
+    "MAGNITUDES",
+    "MAX_BYTES",
+    "MAX_FRAMES",
+    "MIN_SCALE",
+    "MotionTemplate",
+    "load_template",
+    "save_template",
+]
 
 KEYPOINTS: Mapping[str, int] = MappingProxyType({"mesh": 478, "liveportrait": 21})
 """Family → number of keypoints whose expression a template holds."""
@@ -51,6 +63,16 @@ MAX_FRAMES = 100_000
 """Longest template, in frames: more than an hour at 25 fps."""
 MAX_BYTES = 768 * 2**20
 """Largest template in memory, and largest file."""
+
+MAGNITUDES: Mapping[str, float] = MappingProxyType(
+    {"translation": 1e6, "scale": 1e6, "expression": 1e3, "eye_ratio": 1e6, "lip_ratio": 1e6}
+)
+"""Largest number of each field: far beyond any face, and near enough for float32 to stay finite."""
+MIN_SCALE = 1e-6
+BROKEN_ARCHIVE = (
+    zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError, OverflowError, RuntimeError, ValueError, struct.error
+)  # fmt: skip
+"""What :mod:`zipfile` raises for a damaged archive."""
 
 _SCHEMA = 1
 _HEADER_CHARS = 65_536
@@ -144,11 +166,18 @@ def _checked_motion(family: str, motion: Motion) -> Motion:
                 f"finite numbers ({int(bad.sum())} of {frames} frames are broken)",
                 _REMAKE,
             )
+        largest = np.abs(array.reshape(frames, -1)).max(axis=1)
+        if (most := largest.max()) > MAGNITUDES.get(name, math.inf):
+            raise MediaError(
+                f"{name} of the template reaches {most:g} in frame {int(largest.argmax())}",
+                f"at most {MAGNITUDES[name]:g}",
+                _REMAKE,
+            )
         arrays[name] = array
-    if (low := arrays["scale"].min()) <= 0:
+    if (low := arrays["scale"].min()) < MIN_SCALE:
         raise MediaError(
             f"scale of the template is {low:g} in frame {int(arrays['scale'].argmin())}",
-            "greater than 0",
+            f"at least {MIN_SCALE:g}",
             _REMAKE,
         )
     for name in ("eye_ratio", "lip_ratio"):
@@ -174,7 +203,7 @@ def save_template(template: MotionTemplate, path: str | Path) -> None:
     """Write a template to ``path`` (``.npz``): beside it first, then renamed, so no half file is ever seen.
 
     Raises:
-        OutputError: the folder is missing or cannot be written, the disk is full, or an expression is too large for float16.
+        OutputError: the folder is missing or cannot be written, or the disk is full.
     """
     path = Path(path)
     if path.suffix.lower() != ".npz":
@@ -183,12 +212,7 @@ def save_template(template: MotionTemplate, path: str | Path) -> None:
         )
     if not path.parent.is_dir():
         raise OutputError(f"no folder {path.parent}", "an existing folder", "create it or choose another")
-    with np.errstate(over="ignore"):
-        expression = template.motion.expression.astype(np.float16)
-    if not np.isfinite(expression).all():
-        raise OutputError(
-            "an expression exceeds float16 (65504)", "canonical units, about -1 to 1", "check the driver"
-        )
+    expression = template.motion.expression.astype(np.float16)
     header = {
         "schema": _SCHEMA,
         "family": template.family,
@@ -317,7 +341,7 @@ def _load_npz(path: Path, size: int) -> MotionTemplate:
             for name in wanted:
                 arrays[name] = _read_member(path, archive, names[name], budget)
                 budget -= arrays[name].nbytes
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+    except BROKEN_ARCHIVE as error:
         raise MediaError(
             f"{path} is damaged: {error}", "a complete .npz file", "copy it again or remake it"
         ) from error

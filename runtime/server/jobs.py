@@ -74,7 +74,7 @@ from lp_edge.runtime.server.wire import (
     motion_to_message,
     portrait_options_message,
 )
-from lp_edge.runtime.templates import MAX_FRAMES, MotionTemplate, save_template
+from lp_edge.runtime.templates import BROKEN_ARCHIVE, MAX_FRAMES, MotionTemplate, save_template
 
 __all__ = [
     "CHUNK_BYTES",
@@ -275,7 +275,7 @@ def _check_archive(path: Path, limit: int) -> None:
             "expected a motion template, which holds seven arrays",
             "make the template again with lp-edge",
         )
-    with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:  # what is broken, its reader tells
+    with suppress(*BROKEN_ARCHIVE), zipfile.ZipFile(path) as archive:  # what is broken, its reader tells
         unpacked = sum(member.file_size for member in archive.infolist())
         if unpacked > limit:
             raise LimitError(

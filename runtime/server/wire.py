@@ -39,7 +39,7 @@ from lp_edge.runtime.geometry import rotation_from_euler
 from lp_edge.runtime.liveportrait_options import LivePortraitOptions
 from lp_edge.runtime.motion import Motion
 from lp_edge.runtime.options import AnimateOptions
-from lp_edge.runtime.templates import KEYPOINTS
+from lp_edge.runtime.templates import KEYPOINTS, MAGNITUDES, MIN_SCALE
 
 __all__ = [
     "ERROR_METADATA",
@@ -236,8 +236,7 @@ def edit_infos() -> list[server_pb2.EditInfo]:
 
 # -- motion ---------------------------------------------------------------------------------------------
 
-_MAX_ANGLE, _MAX_TRANSLATION, _MAX_EXPRESSION, _MAX_COEFFICIENT, _MAX_RATIO = 360.0, 1e6, 1e3, 1e5, 1e6
-_SCALES = (1e-6, 1e6)
+_MAX_ANGLE, _MAX_COEFFICIENT = 360.0, 1e5
 _RATIOS = ("left_eye_ratio", "right_eye_ratio", "lip_ratio")
 
 
@@ -349,10 +348,12 @@ def motion_from_message(message: common_pb2.Motion, space: MotionSpace) -> Motio
             "send those of ServerInfo.motion.neutral where they are not known",
         )
     angles = _numbers("angles", (message.pitch, message.yaw, message.roll), 3, -_MAX_ANGLE, _MAX_ANGLE)
-    translation = _numbers("translation", message.translation, 3, -_MAX_TRANSLATION, _MAX_TRANSLATION)
-    (scale,) = _numbers("scale", (message.scale,), 1, *_SCALES)
-    ratios = _numbers("eye and lip ratios", (getattr(message, name) for name in _RATIOS), 3, 0.0, _MAX_RATIO)
-    bound = _MAX_COEFFICIENT if coefficients else _MAX_EXPRESSION
+    most = MAGNITUDES
+    translation = _numbers("translation", message.translation, 3, -most["translation"], most["translation"])
+    (scale,) = _numbers("scale", (message.scale,), 1, MIN_SCALE, most["scale"])
+    given = (getattr(message, name) for name in _RATIOS)
+    ratios = _numbers("eye and lip ratios", given, 3, 0.0, most["lip_ratio"])
+    bound = _MAX_COEFFICIENT if coefficients else most["expression"]
     expression = _numbers("expression", message.expression, space.expression_size(layout), -bound, bound)
     if coefficients and space.basis is not None:
         expression = np.tensordot(expression, space.basis, axes=(0, 0))

@@ -122,7 +122,7 @@ def test_numbers_that_are_none_are_named_with_their_frame(tmp_path: Path, name: 
         (lambda a: a.update(expression=a["expression"][:, :68]), r"expected \(7, 478, 3\)"),
         (lambda a: a.update(scale=a["scale"][:3]), r"expected \(3, 3, 3\)"),
         (lambda a: a.update(scale=a["scale"][:, None]), "one number a frame"),
-        (lambda a: a.update(scale=-a["scale"]), "greater than 0"),
+        (lambda a: a.update(scale=-a["scale"]), "at least 1e-06"),
         (lambda a: a.update(eye_ratio=a["eye_ratio"] - 1), "negative"),
         (lambda a: a.update(rotation=a["rotation"] * [[[-1, 1, 1]]]), "no rotation in frame 0"),
         (lambda a: a.update(rotation=a["rotation"] * 1.5), "no rotation in frame 0"),
@@ -251,9 +251,6 @@ def test_places_where_nothing_can_be_saved(tmp_path: Path) -> None:
         save_template(_template(), tmp_path / "no" / "a.npz")
     with pytest.raises(OutputError, match=r"ends in \.npz"):
         save_template(_template(), tmp_path / "a.pkl")
-    large = _template(motion=replace(_motion(), expression=np.full((FRAMES, 478, 3), 1e6, np.float32)))
-    with pytest.raises(OutputError, match="float16"):
-        save_template(large, tmp_path / "a.npz")
     assert not list(tmp_path.iterdir())
 
 
@@ -454,7 +451,7 @@ def _spoil(content: dict[str, object], frame: int, key: str, value: object) -> d
         (_spoil(_liveportrait(), 5, "exp", np.full((1, 21, 3), np.nan)), "frame 5"),
         (_spoil(_liveportrait(), 5, "R", np.ones((1, 3, 3))), "no rotation in frame 5"),
         (_spoil(_liveportrait(), 5, "R", "text"), "R of frame 5 is str"),
-        (_spoil(_liveportrait(), 5, "scale", np.zeros((1, 1))), "greater than 0"),
+        (_spoil(_liveportrait(), 5, "scale", np.zeros((1, 1))), "at least 1e-06"),
         (_spoil(_liveportrait(), 5, "t", np.asarray([None] * 3)), "dtype"),
     ],
 )
@@ -613,3 +610,13 @@ def test_real_templates_move_what_they_are_named_after(driving: Path, canonical:
     assert np.ptp(talk.lip_ratio) > 0.1
     gap = talk.expression[:, 14, 1] - talk.expression[:, 13, 1]
     assert np.corrcoef(gap, talk.lip_ratio)[0, 1] > 0.8
+
+
+@pytest.mark.parametrize("name", ["translation", "scale", "expression", "eye_ratio", "lip_ratio"])
+def test_numbers_that_no_face_has_are_refused(name: str) -> None:
+    """float32 maths with them would overflow."""
+    motion = _motion(3)
+    array = np.array(getattr(motion, name))
+    array.reshape(3, -1)[1] = 1e30
+    with pytest.raises(MediaError, match=rf"{name} of the template reaches 1e\+30 in frame 1"):
+        MotionTemplate(Fraction(25), "mesh", replace(motion, **{name: array}))
