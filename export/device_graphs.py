@@ -1,0 +1,830 @@
+"""The image operations around the networks as ONNX graphs, for frames that stay on a device.
+
+On a CPU, OpenCV and NumPy cut crops, resize them and paste them back (:mod:`lp_edge.runtime.crop`,
+:mod:`~lp_edge.runtime.faces`, :mod:`~lp_edge.runtime.resample`, :mod:`~lp_edge.runtime.paste_back`: the *twins*). The graphs
+here give the same pixels, within one grey level, on whatever runs ONNX. All take and return uint8 NHWC RGB and compute in
+float32; a float32 input carries the geometry, made on the host in float64 by the functions at the end of this module.
+
+How they are written:
+
+* **Gathers instead of GridSample.** GridSample wants float planes ``[N, 3, H, W]``: the whole frame transposed, and repeated for
+  every crop. A gather of pixels (rows of three floats of ``[H·W, 3]``) reads only what is needed, lets N crops share one frame,
+  needs no coordinates normalised to the frame's size (which cost 4e-4 px at 3840), and is not touched by what is reported
+  of GridSample in strongly typed networks of TensorRT 10.14 and newer. Border rule and weights are in plain sight.
+* **Positions as OpenCV 5 has them**: ``M₀₀·x + (M₀₁·y + M₀₂)`` in float32, four pixels weighed in float32, rounded half to even,
+  0 beyond the border. OpenCV 4 rounds positions to 1/32 pixel instead, which differs by up to 8 levels at an edge of black and
+  white; the graphs follow the exact positions, not those steps.
+* **Resizing as products with matrices** of weights, one for rows and one for columns: exact for any ratio, no gather, what
+  GPUs do best. Lanczos weights are the multiples of 1/2048 that OpenCV takes. A whole factor of reduction is a sum of blocks.
+* **Only the changed region** is pasted. Its size is the size of the ``patch`` that comes in and goes out, so that no size depends on
+  a value; its place in the frame is part of the matrix. A patch may be whole rows of a frame, which are
+  contiguous in memory: then input and output are addresses within frames, and nothing is copied.
+* The same goes for what is read: rows ``y0`` and following of a frame are a frame. Passing only the rows around a face keeps the cast
+  to float32, which TensorRT wants right behind a uint8 input, from touching the rest.
+* At most four axes, no control flow, sizes from shapes and attributes only.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Final, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import onnx  # noqa: TID253
+import onnxruntime
+import torch  # noqa: TID253
+import torch.nn.functional as F  # noqa: TID253
+from torch import Tensor, nn  # noqa: TID253
+
+from lp_edge.engines.names import IMAGE
+from lp_edge.errors import ConfigError, ExportError
+from lp_edge.export.onnx_export import Shape, export_onnx
+from lp_edge.runtime.crop import CROP_SIZE
+from lp_edge.runtime.faces import _HALVE_FROM, CropTransform
+
+__all__ = [
+    "CROP",
+    "FRAME",
+    "MASK",
+    "MATRIX",
+    "MAX_HALVINGS",
+    "OPSETS",
+    "ORIGIN",
+    "PATCH",
+    "PLACED",
+    "WEIGHT",
+    "Cost",
+    "cost",
+    "crop_graph",
+    "letterbox_graph",
+    "mesh_crop_graph",
+    "mesh_inputs",
+    "paste_graph",
+    "paste_matrix",
+    "rect_paste_graph",
+    "resize_graph",
+    "sampling_matrix",
+]
+
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+Flavor = Literal["main", "tensorrt8"]
+_Address: TypeAlias = Callable[[Tensor], Tensor]
+
+OPSETS: Final[Mapping[str, int]] = {"main": 17, "tensorrt8": 16}
+"""Flavour -> opset, as for the networks; the graphs are alike in both."""
+
+FRAME: Final = "frame"
+CROP: Final = "crop"
+PATCH: Final = "patch"
+MATRIX: Final = "matrix"
+ORIGIN: Final = "origin"
+PLACED: Final = "placed"
+WEIGHT: Final = "weight"
+MASK: Final = "mask"
+
+MAX_HALVINGS: Final = 3
+"""Most halvings of :func:`mesh_crop_graph`: a crop then shows up to 15 times its side in frame pixels."""
+
+_LANCZOS_TAPS, _COEFFICIENT = 8, 2048  # OpenCV's INTER_LANCZOS4; its weights have 11 bits
+_CUBIC = -0.75  # OpenCV's INTER_CUBIC
+_FAR = 1e9  # px; whatever is that far away weighs nothing
+
+
+# -- parts ---------------------------------------------------------------------------------------------
+
+
+def _axis(length: Tensor | int) -> Tensor:
+    """0, 1, … as float32 ``[length]``."""
+    return torch.arange(length, dtype=torch.float32)
+
+
+def _positions(matrix: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Where pixels ``x [w]``, ``y [h]`` are read: two tensors ``[N, h, w]`` for ``matrix [N, 2, 3]``."""
+    xx, xy, x1, yx, yy, y1 = matrix.reshape(-1, 6, 1, 1).unbind(1)
+    row, column = y[None, :, None], x[None, None]
+    return xx * column + (xy * row + x1), yx * column + (yy * row + y1)
+
+
+def _taps(position: Tensor, last: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The two pixels (int32) that a position ``[N, h, w]`` lies between, each with its weight.
+
+    A pixel's weight is ``max(0, 1 - distance)``. The pair is moved into 0 … ``last`` as a whole, so beyond the border the weights
+    are what is left of the outermost pixel and no mask is needed. In a picture of one pixel the second tap is that pixel
+    again, from too far away to count.
+    """
+    first = torch.minimum(torch.floor(position), last - 1.0).clamp_min(0.0)
+    distance = position - first
+    step = last.clamp(0.0, 1.0)
+    away = 1.0 + (1.0 - step) * _FAR
+    index = first.to(torch.int32)
+    return (
+        (index, (1.0 - distance.abs()).clamp_min(0.0)),
+        (index + step.to(torch.int32), (1.0 - (distance - away).abs()).clamp_min(0.0)),
+    )
+
+
+def _bilinear(
+    x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor], column: _Address, row: _Address, read: _Address
+) -> Tensor:
+    """Weigh four pixels, 0 beyond the border.
+
+    Args:
+        x, y: positions ``[N, h, w]``, and the last column and row.
+        column, row: a column's and a row's part of an address.
+        read: addresses → ``[N, h, w, C]``.
+    """
+    columns, rows = ([(part(i), weight) for i, weight in _taps(*at)] for at, part in ((x, column), (y, row)))
+    terms = (read(down + along) * (a * b)[..., None] for down, a in rows for along, b in columns)
+    return functools.reduce(torch.add, terms)
+
+
+def _whole(length: Tensor | int) -> Tensor:
+    """A size as int32."""
+    return torch.scalar_tensor(length, dtype=torch.int32)
+
+
+def _last(length: Tensor | int) -> Tensor:
+    return torch.scalar_tensor(length, dtype=torch.float32) - 1.0
+
+
+def _pixels(pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 ``[B, H, W, C]`` → its pixels ``[B·H·W, C]`` and the address of each picture's first one ``[B, 1, 1]``."""
+    count, height, width, channels = pictures.shape
+    first = torch.arange(count, dtype=torch.int32)[:, None, None] * (_whole(height) * _whole(width))
+    return pictures.reshape(-1, channels), first
+
+
+def _sample(pictures: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Bilinear, 0 beyond the border: ``[B, H, W, C]`` at ``[N, h, w]`` → ``[max(B, N), h, w, C]``; of B and N one is 1 or both
+    are equal."""
+    height, width = pictures.shape[1], pictures.shape[2]
+    flat, first = _pixels(pictures)
+    return _bilinear(
+        (x, _last(width)),
+        (y, _last(height)),
+        lambda index: index,
+        lambda index: index * _whole(width) + first,
+        lambda address: F.embedding(address, flat),
+    )
+
+
+def _mean_of_blocks(x: Tensor, side: int, factor: int) -> Tensor:
+    """Means of ``factor`` by ``factor`` pixels of ``[N, side, side, 3]``, rounded as OpenCV's INTER_AREA does."""
+    rows = x.reshape(-1, factor, side * 3).sum(1)
+    total = rows.reshape(-1, factor, 3).sum(1)
+    mean = total * (1.0 / factor**2)
+    # OpenCV's way for 2 is whole numbers, for any other factor float32.
+    mean = torch.floor(mean + 0.5) if factor == 2 else torch.round(mean)
+    return mean.reshape(-1, side // factor, side // factor, 3)
+
+
+def _planes(image: Tensor) -> Tensor:
+    return image.to(torch.float32).permute(0, 3, 1, 2)
+
+
+def _image(planes: Tensor) -> Tensor:
+    """Rounded (halves up, as OpenCV's whole numbers are) and clipped: planes → float32 ``[N, H, W, 3]``."""
+    return torch.floor(planes + 0.5).clamp(0.0, 255.0).permute(0, 2, 3, 1)
+
+
+def _area_or_linear(canvas: int, given: Tensor | int, wanted: Tensor) -> Tensor:
+    """Weights ``[B, canvas, given]`` that make ``wanted [B, 1, 1]`` pixels of ``given``; 0 from row ``wanted`` on.
+
+    Fewer pixels: how much of an output pixel an input pixel covers. More: linear between centres, the outermost ones repeated.
+    """
+    out, into = _axis(canvas)[None, :, None], _axis(given)[None, None]
+    length = torch.scalar_tensor(given, dtype=torch.float32)
+    scale = length / wanted
+    covered = torch.minimum((out + 1.0) * scale, into + 1.0) - torch.maximum(out * scale, into)
+    centre = torch.minimum(((out + 0.5) * scale - 0.5).clamp_min(0.0), length - 1.0)
+    near = 1.0 - (centre - into).abs()
+    weights = torch.where(scale >= 1.0, covered / scale, near).clamp_min(0.0)
+    return weights * (out < wanted).to(torch.float32)
+
+
+def _cubic(given: Tensor | int, wanted: Tensor | int) -> Tensor:
+    """Weights ``[wanted, given]`` of OpenCV's cubic interpolation, the outermost pixels repeated."""
+    length = torch.scalar_tensor(given, dtype=torch.float32)
+    ratio = length / torch.scalar_tensor(wanted, dtype=torch.float32)
+    centre = (_axis(wanted) + 0.5) * ratio - 0.5
+    base = torch.floor(centre)
+    part = (centre - base)[:, None]
+
+    def near(d: Tensor) -> Tensor:
+        return ((_CUBIC + 2.0) * d - (_CUBIC + 3.0)) * d * d + 1.0
+
+    def far(d: Tensor) -> Tensor:
+        return ((_CUBIC * d - 5.0 * _CUBIC) * d + 8.0 * _CUBIC) * d - 4.0 * _CUBIC
+
+    taps = far(part + 1.0), near(part), near(1.0 - part), far(2.0 - part)
+    into, weights = _axis(given)[None], torch.zeros_like(part)
+    for offset, tap in enumerate(taps, start=-1):
+        index = torch.minimum((base + float(offset)).clamp_min(0.0), length - 1.0)[:, None]
+        weights = weights + (index == into).to(torch.float32) * tap
+    return weights
+
+
+def _lanczos(given: int, wanted: int) -> F32:
+    """Weights ``[wanted, given]`` of OpenCV's INTER_LANCZOS4: ``sinc(d)·sinc(d / 4)`` over eight pixels, normalised to 1,
+    rounded to 1/2048 each; the outermost pixels repeated."""
+    centre = ((np.arange(wanted) + 0.5) * (given / wanted) - 0.5).astype(np.float32)
+    base = np.floor(centre)
+    taps = np.arange(_LANCZOS_TAPS) - (_LANCZOS_TAPS // 2 - 1)
+    distance = (centre - base).astype(np.float64)[:, None] - taps
+    values = np.sinc(distance) * np.sinc(distance / (_LANCZOS_TAPS // 2))
+    values = np.rint(values / values.sum(1, keepdims=True) * _COEFFICIENT) / _COEFFICIENT
+    weights = np.zeros((wanted, given), np.float32)
+    index = np.clip(base[:, None].astype(np.int64) + taps, 0, given - 1)
+    np.add.at(weights, (np.arange(wanted)[:, None], index), values.astype(np.float32))
+    return weights
+
+
+# -- modules -------------------------------------------------------------------------------------------
+
+
+class _Crop(nn.Module):
+    """See :func:`crop_graph`."""
+
+    def __init__(self, size: int, reduce: int) -> None:
+        super().__init__()
+        self.size, self.reduce = size, reduce
+
+    def forward(self, frame: Tensor, matrix: Tensor) -> Tensor:
+        line = _axis(self.size)
+        crop = torch.round(_sample(frame.to(torch.float32), *_positions(matrix, line, line)))
+        if self.reduce > 1:
+            crop = _mean_of_blocks(crop, self.size, self.reduce)
+        return crop.to(torch.uint8)
+
+
+class _ReducedCrop(nn.Module):
+    """See :func:`mesh_crop_graph`."""
+
+    dx: Tensor
+    dy: Tensor
+
+    def __init__(self, size: int, halvings: int) -> None:
+        super().__init__()
+        self.size, self.halvings = size, halvings
+        # A block's pixels in Morton order: any four that follow each other are a square, of which any four are …
+        order = np.arange(4**halvings)
+        dx, dy = (sum(((order >> (2 * bit + axis)) & 1) << bit for bit in range(halvings)) for axis in (0, 1))
+        self.register_buffer("dx", torch.as_tensor(dx, dtype=torch.int32)[:, None])
+        self.register_buffer("dy", torch.as_tensor(dy, dtype=torch.int32)[:, None])
+
+    def forward(self, frame: Tensor, matrix: Tensor, origin: Tensor) -> Tensor:
+        block, line = 2**self.halvings, _axis(self.size)
+        height, width = frame.shape[1], frame.shape[2]
+        flat, first = _pixels(frame.to(torch.float32))
+        ends, origins = (_last(width), _last(height)), origin.reshape(-1, 2, 1, 1).unbind(1)
+
+        def along(axis: int, offsets: Tensor) -> _Address:
+            start, end = origins[axis].to(torch.int32), ends[axis].to(torch.int32)
+
+            def pixels(index: Tensor) -> Tensor:
+                # Beyond the frame the outermost pixels are repeated, as far as the last block goes.
+                inside = (index * block + start).reshape(-1, 1, self.size**2) + offsets
+                return torch.minimum(inside, end)
+
+            return pixels
+
+        def read(address: Tensor) -> Tensor:
+            # The block's pixels come before those of the crop, so that whole planes are added.
+            pixels = F.embedding(address, flat)
+            for _ in range(self.halvings):
+                pixels = torch.floor((pixels.reshape(-1, 4, 3 * self.size**2).sum(1) + 2.0) * 0.25)
+            return pixels.reshape(-1, self.size, self.size, 3)
+
+        across, down = along(0, self.dx), along(1, self.dy)
+        last_x, last_y = (torch.floor((end - o) / block) for end, o in zip(ends, origins, strict=True))
+        x, y = _positions(matrix, line, line)
+        image = _bilinear(
+            (x, last_x), (y, last_y), across, lambda row: down(row) * _whole(width) + first, read
+        )
+        return torch.round(image).to(torch.uint8)
+
+
+class _Resize(nn.Module):
+    """See :func:`resize_graph`."""
+
+    def __init__(self, given: int, wanted: int) -> None:
+        super().__init__()
+        self.given, self.factor = given, given // wanted if given % wanted == 0 else 0
+        self.weights = torch.empty(0)
+        if wanted > given:
+            self.weights = torch.as_tensor(_lanczos(given, wanted))
+        elif not self.factor:
+            self.weights = _area_or_linear(wanted, given, torch.full((1, 1, 1), float(wanted)))[0]
+
+    def forward(self, crop: Tensor) -> Tensor:
+        if self.factor:
+            return _mean_of_blocks(crop.to(torch.float32), self.given, self.factor).to(torch.uint8)
+        return _image(self.weights @ _planes(crop) @ self.weights.T).to(torch.uint8)
+
+
+class _Letterbox(nn.Module):
+    """See :func:`letterbox_graph`."""
+
+    def __init__(self, canvas: tuple[int, int]) -> None:
+        super().__init__()
+        self.canvas = canvas
+
+    def forward(self, frame: Tensor, placed: Tensor) -> Tensor:
+        height, width = placed.reshape(-1, 2, 1, 1).unbind(1)
+        down = _area_or_linear(self.canvas[0], frame.shape[1], height)
+        across = _area_or_linear(self.canvas[1], frame.shape[2], width)
+        # Rows first: their product is the large one, and there are fewer of them than columns.
+        return _image(down[:, None] @ _planes(frame) @ across.transpose(1, 2)[:, None]).to(torch.uint8)
+
+
+class _Paste(nn.Module):
+    """See :func:`paste_graph`."""
+
+    def __init__(self, warp_mask: bool) -> None:
+        super().__init__()
+        self.warp_mask = warp_mask
+
+    def forward(self, patch: Tensor, crop: Tensor, matrix: Tensor, weight: Tensor) -> Tensor:
+        x, y = _positions(matrix, _axis(patch.shape[2]), _axis(patch.shape[1]))
+        above, weight = torch.round(_sample(crop.to(torch.float32), x, y)), weight.to(torch.float32)
+        if self.warp_mask:
+            weight = torch.round(_sample(weight, x, y))
+        return _blend(above, patch, weight, 0.0).to(torch.uint8)
+
+
+class _RectPaste(nn.Module):
+    """See :func:`rect_paste_graph`."""
+
+    def forward(self, patch: Tensor, crop: Tensor, weight: Tensor) -> Tensor:
+        down = _cubic(crop.shape[1], patch.shape[1])
+        across = _cubic(crop.shape[2], patch.shape[2])
+        large = _image(down @ _planes(crop) @ across.T)
+        return _blend(large, patch, weight.to(torch.float32), 127.0).to(torch.uint8)
+
+
+def _blend(above: Tensor, patch: Tensor, weight: Tensor, add: float) -> Tensor:
+    """``(above·weight + patch·(255 - weight) + add) // 255``. Whole numbers up to 2¹⁶ are exact in float32; the half keeps
+    a division that is not rounded correctly from falling below a whole number."""
+    total = above * weight + patch.to(torch.float32) * (255.0 - weight)
+    return torch.floor((total + (add + 0.5)) * (1.0 / 255.0))
+
+
+# -- graphs --------------------------------------------------------------------------------------------
+
+
+def _export(
+    module: nn.Module, inputs: Mapping[str, tuple[Shape, torch.dtype]], output: Shape, flavor: str
+) -> onnx.ModelProto:
+    """Trace a module on inputs of these shapes; named axes are dynamic."""
+    if flavor not in OPSETS:
+        raise ConfigError(
+            f"unknown flavor {flavor!r}", f"expected {' or '.join(OPSETS)}", "choose one of these"
+        )
+    sizes: dict[str, int] = {}
+    for shape, _ in inputs.values():
+        for axis in shape:
+            if isinstance(axis, str):  # batches alike, sides all different
+                sizes.setdefault(axis, 2 if axis in _BATCHES else 37 + 6 * len(sizes))
+    return export_onnx(
+        module,
+        {
+            name: torch.ones([sizes[a] if isinstance(a, str) else a for a in shape], dtype=dtype)
+            for name, (shape, dtype) in inputs.items()
+        },
+        {IMAGE: output},
+        {
+            name: {i: axis for i, axis in enumerate(shape) if isinstance(axis, str)}
+            for name, (shape, _) in inputs.items()
+        },
+        opset=OPSETS[flavor],
+    )
+
+
+_BATCHES = ("frames", "crops", "patches", "placements", "masks")
+_U8, _F32 = torch.uint8, torch.float32
+
+
+def _check_sides(**sides: int) -> None:
+    for name, side in sides.items():
+        if side < 1:
+            raise ConfigError(f"{name} is {side}", "expected 1 px or more", "choose a size")
+
+
+def crop_graph(size: int = CROP_SIZE, *, reduce: int = 1, flavor: Flavor = "main") -> onnx.ModelProto:
+    """Square crops of a frame, as :func:`lp_edge.runtime.crop.cut`: bilinear, black beyond the frame.
+
+    There is no filter for scales below 1, since the twin has none. ``reduce`` makes what
+    :meth:`lp_edge.runtime.crop.Crop.network_input` makes of the crop, without the crop leaving the graph.
+
+    Tensors of the graph:
+        ``frame`` uint8 ``[frames, H, W, 3]``: one frame for all crops, or one for each.
+        ``matrix`` float32 ``[crops, 2, 3]``: crop px → frame px, :func:`sampling_matrix` of ``Crop.to_crop``.
+        ``image`` uint8 ``[crops, size / reduce, size / reduce, 3]``.
+
+    Args:
+        size: side of the crops, px.
+        reduce: whole factor by which the crops are reduced afterwards, a divisor of ``size``: 2 gives the networks' 256 px.
+        flavor: see :data:`OPSETS`.
+
+    Raises:
+        ConfigError: ``size`` or ``reduce`` does not fit, or the flavour is unknown.
+
+    Example:
+        >>> [value.name for value in crop_graph(256).graph.input]
+        ['frame', 'matrix']
+    """
+    _check_sides(size=size)
+    if reduce < 1 or size % reduce:
+        raise ConfigError(f"reduce is {reduce}", f"expected a divisor of {size}", "use 1 or 2")
+    side = size // reduce
+    inputs: dict[str, tuple[Shape, torch.dtype]] = {
+        FRAME: (("frames", "H", "W", 3), _U8),
+        MATRIX: (("crops", 2, 3), _F32),
+    }
+    return _export(_Crop(size, reduce), inputs, ("crops", side, side, 3), flavor)
+
+
+def mesh_crop_graph(size: int, halvings: int = 1, *, flavor: Flavor = "main") -> onnx.ModelProto:
+    """Turned crops for the mesh network, as :meth:`lp_edge.runtime.faces.CropTransform.apply` cuts them.
+
+    A crop that shrinks its part of the frame by 1.875 and more reads pixels that were halved by averaging first, each time
+    rounded to a whole number. The twin halves a part of the frame; here every output pixel averages the blocks that it
+    reads, 4 · 4^halvings frame pixels: sizes do not depend on where the crop lies, and less is read than a turned crop's
+    bounding square holds. For 192 px they fill 1.8, 7 or 28 MB of float32 four times, hence :data:`MAX_HALVINGS`.
+
+    Tensors of the graph:
+        ``frame`` uint8 ``[frames, H, W, 3]``: one frame for all crops, or one for each.
+        ``matrix`` float32 ``[crops, 2, 3]``: crop px → pixels of the reduced part.
+        ``origin`` float32 ``[crops, 2]``: x, y of that part in the frame, whole px within it (not with ``halvings`` 0).
+        ``image`` uint8 ``[crops, size, size, 3]``.
+
+    :func:`mesh_inputs` makes ``matrix`` and ``origin`` and says how many halvings a crop needs.
+
+    Args:
+        size: side of the crops, px: that of the network.
+        halvings: 0 to :data:`MAX_HALVINGS`; with 0 it is :func:`crop_graph`.
+        flavor: see :data:`OPSETS`.
+
+    Raises:
+        ConfigError: a size does not fit, or the flavour is unknown.
+    """
+    _check_sides(size=size)
+    if not 0 <= halvings <= MAX_HALVINGS:
+        raise ConfigError(
+            f"{halvings} halvings", f"expected 0 to {MAX_HALVINGS}", "reduce the frame before it is cropped"
+        )
+    if not halvings:
+        return crop_graph(size, flavor=flavor)
+    inputs: dict[str, tuple[Shape, torch.dtype]] = {
+        FRAME: (("frames", "H", "W", 3), _U8),
+        MATRIX: (("crops", 2, 3), _F32),
+        ORIGIN: (("crops", 2), _F32),
+    }
+    return _export(_ReducedCrop(size, halvings), inputs, ("crops", size, size, 3), flavor)
+
+
+def resize_graph(given: int, wanted: int, *, flavor: Flavor = "main") -> onnx.ModelProto:
+    """Square crops of another size, as :func:`lp_edge.runtime.resample.resize_crop` and, downwards,
+    :meth:`lp_edge.runtime.crop.Crop.network_input`: averages of areas, or Lanczos over 8 x 8 pixels.
+
+    Tensors of the graph:
+        ``crop`` uint8 ``[crops, given, given, 3]``.
+        ``image`` uint8 ``[crops, wanted, wanted, 3]``.
+
+    Args:
+        given, wanted: sides, px; different.
+        flavor: see :data:`OPSETS`.
+
+    Raises:
+        ConfigError: a size does not fit, or the flavour is unknown.
+    """
+    _check_sides(given=given, wanted=wanted)
+    if given == wanted:
+        raise ConfigError(
+            f"crops of {given} px to {wanted} px", "expected another size", "leave the step out"
+        )
+    inputs: dict[str, tuple[Shape, torch.dtype]] = {CROP: (("crops", given, given, 3), _U8)}
+    return _export(_Resize(given, wanted), inputs, ("crops", wanted, wanted, 3), flavor)
+
+
+def letterbox_graph(canvas: tuple[int, int], *, flavor: Flavor = "main") -> onnx.ModelProto:
+    """Frames resized into the top left of a black canvas, as :meth:`lp_edge.runtime.faces.FaceDetector.detect` does for its
+    network: by areas where the frame shrinks, linear where it grows.
+
+    With ``placed`` equal to the canvas it is a plain resize to a fixed size, such as that of uncropped driving frames to 256 px.
+    The canvas is an attribute, since sizes must not depend on values; the twin's is ``placed`` rounded up to multiples of 32,
+    one for all frames of a clip. (Uncropped driving frames have INTER_AREA for a twin, which in OpenCV is yet
+    another filter as soon as one side grows: equal only for frames of 256 px and more a side.) The products are dense (FLOPs grow with the frame's area times the canvas' height), which is
+    affordable because detection is not a step of every frame.
+
+    Tensors of the graph:
+        ``frame`` uint8 ``[frames, H, W, 3]``.
+        ``placed`` float32 ``[frames, 2]``: height, width of the resized frame, whole px, at most the canvas.
+        ``image`` uint8 ``[frames, height, width, 3]``.
+
+    Args:
+        canvas: height, width, px.
+        flavor: see :data:`OPSETS`.
+
+    Raises:
+        ConfigError: a size does not fit, or the flavour is unknown.
+    """
+    _check_sides(height=canvas[0], width=canvas[1])
+    inputs: dict[str, tuple[Shape, torch.dtype]] = {
+        FRAME: (("frames", "H", "W", 3), _U8),
+        PLACED: (("frames", 2), _F32),
+    }
+    return _export(_Letterbox(canvas), inputs, ("frames", *canvas, 3), flavor)
+
+
+def paste_graph(
+    crop_size: int = CROP_SIZE, *, warp_mask: bool = False, flavor: Flavor = "main"
+) -> onnx.ModelProto:
+    """Animated crops into the changed region of a frame, as :meth:`lp_edge.runtime.paste_back.PastePlan.paste`.
+
+    The region comes in and goes out as ``patch``: a dense copy of ``frame[y0:y1, x0:x1]``, or whole rows ``frame[y0:y1]``
+    with weights of 0 beside the region. Nothing outside of it is read or written.
+
+    Tensors of the graph:
+        ``patch`` uint8 ``[patches, h, w, 3]``: one for all crops (a still source), or one for each.
+        ``crop`` uint8 ``[crops, crop_size, crop_size, 3]``.
+        ``matrix`` float32 ``[placements, 2, 3]``: patch px → crop px, :func:`paste_matrix`; one for all, or one for each.
+        ``weight`` uint8 ``[placements, h, w, 1]``: ``PastePlan.weight``; or, with ``warp_mask``,
+        ``mask`` uint8 ``[masks, crop_size, crop_size, 1]``: ``crop_mask()``, one for all or one for each crop.
+        ``image`` uint8 ``[crops, h, w, 3]``.
+
+    Args:
+        crop_size: side of the crops, px.
+        warp_mask: warp the mask with the crop, for a source that moves; a still one's weight is made once.
+        flavor: see :data:`OPSETS`.
+
+    Raises:
+        ConfigError: the size does not fit, or the flavour is unknown.
+    """
+    _check_sides(crop_size=crop_size)
+    weight: Shape = ("masks", crop_size, crop_size, 1) if warp_mask else ("placements", "h", "w", 1)
+    inputs: dict[str, tuple[Shape, torch.dtype]] = {
+        PATCH: (("patches", "h", "w", 3), _U8),
+        CROP: (("crops", crop_size, crop_size, 3), _U8),
+        MATRIX: (("placements", 2, 3), _F32),
+        MASK if warp_mask else WEIGHT: (weight, _U8),
+    }
+    return _export(_Paste(warp_mask), inputs, ("crops", "h", "w", 3), flavor)
+
+
+def rect_paste_graph(*, flavor: Flavor = "main") -> onnx.ModelProto:
+    """Animated crops into an upright rectangle of a larger size, as :func:`lp_edge.runtime.paste_back.paste_back`: enlarged by
+    cubic interpolation, blended by ``soft_mask``. A crop of the rectangle's size needs no graph: it is copied.
+
+    Tensors of the graph:
+        ``patch`` uint8 ``[patches, h, w, 3]``: ``frame[y0:y1, x0:x1]``, one for all crops or one for each.
+        ``crop`` uint8 ``[crops, crop_h, crop_w, 3]``.
+        ``weight`` uint8 ``[placements, h, w, 1]``: ``soft_mask(h, w)``, one for all or one for each.
+        ``image`` uint8 ``[crops, h, w, 3]``.
+
+    Args:
+        flavor: see :data:`OPSETS`.
+
+    Raises:
+        ConfigError: the flavour is unknown.
+    """
+    inputs: dict[str, tuple[Shape, torch.dtype]] = {
+        PATCH: (("patches", "h", "w", 3), _U8),
+        CROP: (("crops", "crop_h", "crop_w", 3), _U8),
+        WEIGHT: (("placements", "h", "w", 1), _U8),
+    }
+    return _export(_RectPaste(), inputs, ("crops", "h", "w", 3), flavor)
+
+
+# -- geometry for the graphs, on the host ----------------------------------------------------------------
+
+
+def sampling_matrix(to_output: npt.ArrayLike) -> F32:
+    """The inverse of an affine map as the graphs take it.
+
+    Args:
+        to_output: float ``[2, 3]`` or ``[3, 3]``, px of the input → px of the output (``Crop.to_crop``, ``CropTransform.matrix``).
+
+    Returns:
+        float32 ``[1, 2, 3]``, px of the output → px of the input; inverted in float64.
+
+    Raises:
+        ConfigError: the map is not affine or has no inverse.
+    """
+    given = np.asarray(to_output, np.float64)
+    if given.shape not in ((2, 3), (3, 3)) or not np.isfinite(given).all():
+        raise ConfigError(
+            f"a map {given.tolist()}", "expected finite [2, 3] or [3, 3]", "use a crop's to_crop"
+        )
+    matrix = np.eye(3)
+    matrix[:2] = given[:2]
+    try:
+        inverse = np.linalg.inv(matrix)
+    except np.linalg.LinAlgError as error:
+        raise ConfigError(
+            f"a map {given.tolist()}", "expected one with an inverse", "use a crop's to_crop"
+        ) from error
+    return inverse[None, :2].astype(np.float32)
+
+
+def paste_matrix(to_frame: npt.ArrayLike, origin: tuple[int, int]) -> F32:
+    """Where :func:`paste_graph` reads the crop.
+
+    Args:
+        to_frame: float ``[2, 3]`` or ``[3, 3]``, px of the crop → px of the frame.
+        origin: x, y of the patch in the frame: ``PastePlan.rect[:2]``, or (0, y0) for whole rows.
+
+    Returns:
+        float32 ``[1, 2, 3]``, px of the patch → px of the crop.
+
+    Raises:
+        ConfigError: as :func:`sampling_matrix`.
+    """
+    moved = np.array(to_frame, np.float64)
+    if moved.shape in ((2, 3), (3, 3)):
+        moved[:2, 2] -= origin
+    return sampling_matrix(moved)
+
+
+def mesh_inputs(transform: CropTransform, frame_size: tuple[int, int]) -> tuple[int, F32, F32]:
+    """What :func:`mesh_crop_graph` takes for one crop.
+
+    Args:
+        transform: the crop.
+        frame_size: width, height of the frame.
+
+    Returns:
+        halvings that the crop needs (perhaps more than there is a graph for), ``matrix`` ``[1, 2, 3]``, ``origin`` ``[1, 2]``.
+    """
+    matrix = transform.matrix
+    halvings = math.floor(math.log2(max(1.0, 2 / _HALVE_FROM / transform.scale)))
+    if not halvings:
+        return 0, sampling_matrix(matrix), np.zeros((1, 2), np.float32)
+    block = 2**halvings
+    # The blocks begin where the twin's part of the frame begins. A crop beyond the frame's end reads nothing from anywhere.
+    low = transform.corners().min(0)
+    origin = np.array(
+        [min(max(0, math.floor(float(v)) - 2 * block), n - 1) for v, n in zip(low, frame_size, strict=True)]
+    )
+    matrix[:, 2] += matrix[:, :2] @ (origin + (block - 1) / 2)
+    matrix[:, :2] *= block
+    return halvings, sampling_matrix(matrix), origin[None].astype(np.float32)
+
+
+# -- what a graph costs -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work of a graph at given sizes.
+
+    Attributes:
+        flops: operations on numbers: a product of matrices two per term, anything else one per element of the result,
+            conversions and copies none; arithmetic of addresses is counted alike.
+        boundary_bytes: inputs and outputs, each once.
+        fused_bytes: what is moved when element-wise operations that follow each other are one kernel, as TensorRT makes them:
+            every tensor that an input, an output, a gather, a product, a sum, a transposition or a concatenation touches.
+        node_bytes: what is moved when every node is a kernel of its own.
+    """
+
+    flops: int
+    boundary_bytes: int
+    fused_bytes: int
+    node_bytes: int
+
+    def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
+        """The roofline's estimate: the longer of computing and of moving ``fused_bytes``."""
+        return max(self.flops / flops_per_second, self.fused_bytes / bytes_per_second)
+
+
+_FREE = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Identity"})  # another view of the same memory
+_MOVES = frozenset({"Concat", "Expand", "Gather", "Slice", "Split", "Transpose"})
+
+
+def cost(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> Cost:
+    """Count the work of a graph.
+
+    What does not depend on values at these sizes, such as the coordinates of pixels, is folded by ONNX Runtime first and
+    counts as a weight that is read. A gather reads as much as it returns, and its indices.
+
+    Args:
+        model: a graph of this module, or any without control flow.
+        shapes: name of every input → its size.
+
+    Raises:
+        ExportError: a size is missing or does not fit, or a size inside the graph depends on values.
+
+    Example:
+        >>> cost(resize_graph(512, 256), {"crop": (1, 512, 512, 3)}).boundary_bytes
+        983040
+    """
+    graph = _folded(model, shapes).graph
+    sizes = {t.name: list(t.dims) for t in graph.initializer}
+    width = {t.name: _itemsize(t.data_type) for t in graph.initializer}
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        kind = value.type.tensor_type
+        sizes[value.name] = [dim.dim_value for dim in kind.shape.dim]
+        width[value.name] = _itemsize(kind.elem_type)
+    unknown = [n for node in graph.node for n in node.output if 0 in sizes.get(n, [0])]
+    if unknown:
+        raise ExportError(
+            f"the size of {', '.join(unknown)} depends on values",
+            "expected sizes that follow from those of the inputs",
+            "use a graph of this module",
+        )
+    elements = {name: math.prod(dims) for name, dims in sizes.items()}
+    nbytes = {name: elements[name] * width[name] for name in sizes}
+    origin: dict[str, str] = {}  # of a view: the tensor that it shows
+    edge = {value.name for value in (*graph.input, *graph.output)}
+    read_by_kernel: dict[str, int] = defaultdict(
+        int
+    )  # tensor -> bytes that operations other than element-wise ones read
+    read_by_fused: set[str] = set()
+    written: dict[str, bool] = {}  # tensor -> whether an element-wise operation made it
+    flops = alone = 0
+    for node in graph.node:
+        read, out = [origin.get(name, name) for name in node.input if name], node.output[0]
+        if node.op_type in _FREE:
+            origin[out] = read[0]
+            if out in edge:
+                edge.add(read[0])
+            continue
+        pointwise = not (
+            node.op_type in _MOVES or node.op_type == "MatMul" or node.op_type.startswith("Reduce")
+        )
+        if node.op_type == "MatMul":
+            flops += 2 * elements[out] * sizes[node.input[0]][-1]
+        elif node.op_type.startswith("Reduce"):
+            flops += elements[read[0]]
+        elif pointwise and node.op_type != "Cast":
+            flops += elements[out]
+        taken = {name: nbytes[name] for name in read}
+        if node.op_type == "Gather":
+            taken[read[0]] = nbytes[out]
+        alone += sum(taken.values()) + sum(nbytes[name] for name in node.output)
+        written.update(dict.fromkeys(node.output, pointwise))
+        if pointwise:
+            read_by_fused.update(read)
+        else:
+            for name, amount in taken.items():
+                read_by_kernel[name] += amount
+    fused = sum(read_by_kernel.values())
+    fused += sum(
+        nbytes[name]
+        for name, pointwise in written.items()
+        if not pointwise or name in edge or name in read_by_kernel
+    )
+    fused += sum(
+        nbytes[name]
+        for name in read_by_fused
+        if not written.get(name, False) or name in edge or name in read_by_kernel
+    )
+    boundary = sum(nbytes[value.name] for value in (*graph.input, *graph.output))
+    return Cost(flops, boundary, fused, alone)
+
+
+def _itemsize(dtype: int) -> int:
+    return int(onnx.helper.tensor_dtype_to_np_dtype(dtype).itemsize)
+
+
+def _folded(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> onnx.ModelProto:
+    """The model at fixed sizes with constants folded and all sizes known."""
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    names = {value.name for value in fixed.graph.input}
+    if names != shapes.keys():
+        raise ExportError(
+            f"sizes of {sorted(shapes)}", f"expected those of {sorted(names)}", "name all inputs"
+        )
+    named: dict[str, int] = {}
+    for value in fixed.graph.input:
+        dims, given = value.type.tensor_type.shape.dim, shapes[value.name]
+        known = [dim.dim_value or size for dim, size in zip(dims, given, strict=False)]
+        if len(dims) != len(given) or known != list(given):
+            raise ExportError(
+                f"size {tuple(given)} for {value.name}", "expected one that fits it", "correct it"
+            )
+        for dim, size in zip(dims, given, strict=True):
+            named[dim.dim_param] = max(size, named.get(dim.dim_param, 0))
+            dim.dim_value = size
+    for value in fixed.graph.output:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_value = named[dim.dim_param]
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "folded.onnx"
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath = str(path)
+        options.log_severity_level = 3
+        onnxruntime.InferenceSession(fixed.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        folded = onnx.load(path)
+    return onnx.shape_inference.infer_shapes(folded, data_prop=True)
