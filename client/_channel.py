@@ -5,7 +5,9 @@ The clients get ``grpc`` from here, so that its absence is told in one place.
 
 from __future__ import annotations
 
+import logging
 import random
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from lp_edge.client.types import TlsFiles
-from lp_edge.errors import BackendUnavailable, ConfigError, LimitError, LpEdgeError, ServerUnavailable
+from lp_edge.errors import (
+    AccessError,
+    BackendUnavailable,
+    ConfigError,
+    LimitError,
+    LpEdgeError,
+    ServerUnavailable,
+)
 from lp_edge.runtime.checks import within
 
 try:
@@ -36,7 +45,50 @@ __all__ = ["CHUNK_BYTES", "Backoff", "Settings", "Stubs", "grpc", "is_local", "r
 CHUNK_BYTES = 256 * 1024
 """Bytes of a file that travel in one message."""
 
+_LOG = logging.getLogger("lp_edge")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 1.0
+
+_SCHEMES = ("unix", "unix-abstract", "dns", "ipv4", "ipv6", "vsock", "xds")
+
+# What gRPC's C library says of a failed handshake → what was expected, and what to do. It has no codes for them.
+_CERTIFICATE_SIGNS = (
+    (
+        "certificate has expired",
+        "expected a server's certificate that is valid now",
+        "renew it, or correct the clock",
+    ),
+    (
+        "Hostname Verification",
+        "expected the target's name in the server's certificate",
+        "name the target as the certificate does, or say which name it has (server_name, --tls-name)",
+    ),
+    (
+        "CERTIFICATE_VERIFY_FAILED",
+        "expected a server's certificate that the given authority signed",
+        "give the authority that signed it (ca, --tls-ca)",
+    ),
+)
+_OTHER_SIGNS = (
+    (
+        "WRONG_VERSION_NUMBER",
+        "expected a server with TLS there",
+        "leave TLS out (tls, --tls, --tls-ca), or name a server that has it",
+    ),
+    (
+        "Failed parsing HTTP/2",
+        "expected gRPC there, not HTTP",
+        "name the port of --listen, not of --http or --metrics-port",
+    ),
+    (
+        "Socket closed",
+        "expected a server without TLS, or one that goes on",
+        "give its certificate authority (tls, --tls-ca) where it uses TLS, or start it again",
+    ),
+)
+_NOBODY = (
+    "expected lp-serve to listen there",
+    "start it (lp-serve), or name the right target and, where it uses TLS, its certificate authority",
+)
 
 
 @dataclass(frozen=True)
@@ -58,8 +110,7 @@ class Settings:
     max_message_bytes: int
 
     def __post_init__(self) -> None:
-        if not self.target:
-            raise ConfigError("an empty target", "expected host:port or unix:/path", "name the server")
+        _check_target(self.target)
         within("timeout_s", self.timeout_s, 1e-3, 1e6)
         within("reconnect_timeout_s", self.reconnect_timeout_s, 1e-3, 1e6)
         within("keepalive_s", self.keepalive_s, 5.0, 1e6)
@@ -73,7 +124,7 @@ class Settings:
                 raise ConfigError(
                     f"a token for {self.target} without TLS",
                     "expected an encrypted connection: anybody on the way could read the token",
-                    "give the server's certificate authority (tls), or say insecure=True where the network is your own",
+                    "give the server's certificate authority (tls, --tls-ca), or allow it (insecure, --insecure) where the network is your own",
                 )
 
     @property
@@ -113,15 +164,32 @@ class Settings:
         return grpc.ssl_channel_credentials(_pem(tls.ca), _pem(tls.key), _pem(tls.certificate))
 
 
+def _check_target(target: str) -> None:
+    """ConfigError for what gRPC would take for something else: no port (443), one that wraps around, a URL."""
+    scheme = target.partition(":")[0]
+    if scheme in _SCHEMES and not target.startswith(f"{scheme}://"):
+        return  # gRPC's own forms
+    read = re.fullmatch(r"(?:dns:///)?(\[[0-9A-Fa-f:.%a-z]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})", target)
+    if read is None or not 0 < int(read[2]) < 65536:
+        raise ConfigError(
+            f"the target is {target[:200]!r}",
+            "expected host:port, [IPv6]:port or unix:/path, ports from 1 to 65535",
+            "for example 127.0.0.1:50051",
+        )
+
+
 def _pem(path: str | Path | None) -> bytes | None:
     if path is None:
         return None
     try:
-        return Path(path).read_bytes()
+        data = Path(path).read_bytes()
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be read ({error.strerror})", "expected a PEM file", "check path and permissions"
         ) from error
+    if b"-----BEGIN " not in data:
+        raise ConfigError(f"{path} is no PEM file", "expected -----BEGIN … in it", "convert it to PEM")
+    return data
 
 
 def is_local(target: str) -> bool:
@@ -162,12 +230,13 @@ def rpc_error(error: Any, target: str) -> LpEdgeError:
     rebuilt = error_from_metadata(error.code().name, details, metadata)
     if isinstance(rebuilt, ServerUnavailable) and not any(key == "lp-edge-error-bin" for key, _ in metadata):
         # From the transport, not from the server: say whom we tried to reach.
-        return ServerUnavailable(
-            f"no answer from {target}: {details or 'the connection was lost'}",
-            "expected lp-serve to listen there",
-            "start it (lp-serve), or name the right target and, where it uses TLS, its certificate authority",
-            retry_after_s=rebuilt.retry_after_s,
-        )
+        got = f"no answer from {target}: {details or 'the connection was lost'}"
+        for sign, expected, remedy in _CERTIFICATE_SIGNS:
+            if sign in details:  # no waiting cures it
+                return AccessError(got, expected, remedy)
+        for sign, expected, remedy in (*_OTHER_SIGNS, ("", *_NOBODY)):
+            if sign in details:
+                return ServerUnavailable(got, expected, remedy, retry_after_s=rebuilt.retry_after_s)
     return rebuilt
 
 
@@ -184,13 +253,17 @@ class Backoff:
     """
 
     def __init__(self, seconds: float) -> None:
-        self._end, self._next = time.monotonic() + seconds, _FIRST_PAUSE
+        self._end, self._next, self._told = time.monotonic() + seconds, _FIRST_PAUSE, False
 
     def pause(self, error: ServerUnavailable | LimitError) -> float:
         """Seconds to wait before the next try; raises ``error`` when there is no time left for one."""
         pause = self._next * random.uniform(0.5, 1.0)
         self._next = min(2 * self._next, _LONGEST_PAUSE)
         pause = max(pause, error.retry_after_s)
-        if time.monotonic() + pause > self._end:
+        left = self._end - time.monotonic()
+        if pause > left:
             raise error
+        if not self._told:
+            _LOG.warning("%s; trying again for %.0f s", error.got, left)
+            self._told = True
         return pause

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -34,7 +35,16 @@ from lp_edge.runtime.checks import within
 if TYPE_CHECKING:
     from lp_edge.runtime.options import AnimateOptions
 
-__all__ = ["Download", "Extraction", "Rendering", "chunks", "is_clip", "timed"]
+__all__ = [
+    "Download",
+    "Extraction",
+    "Rendering",
+    "check_clip_path",
+    "check_template_path",
+    "chunks",
+    "is_clip",
+    "timed",
+]
 
 U8 = npt.NDArray[np.uint8]
 OnProgress = Callable[[Progress], None]
@@ -228,12 +238,13 @@ class Rendering:
             output=output_options(output, "jpeg" if output.encoding == "auto" else output.encoding),
             neutral_frame=0 if options is None else options.neutral,
         )
-        if not self._path.exists() and str(driving) in templates:
+        exists = os.path.exists(driving)  # never raises, however long a name is
+        if not exists and str(driving) in templates:
             self._config.built_in, self._path = str(driving), None
         else:
             from lp_edge.runtime.media_read import sniff_kind
 
-            if not self._path.exists():
+            if not exists:
                 raise MediaError(
                     f"no such file or template: {driving}",
                     f"expected a file, or one of {', '.join(templates)}",
@@ -279,9 +290,19 @@ class Rendering:
 
 def check_template_path(path: str | Path) -> Path:
     """ConfigError unless a template may have that name."""
-    path = Path(path)
-    if path.suffix.lower() != ".npz":
+    return _named(Path(path), "a motion template", ".npz")
+
+
+def check_clip_path(path: str | Path) -> Path:
+    """ConfigError unless the server's MP4 may have that name."""
+    return _named(Path(path), "an MP4", ".mp4", ".m4v")
+
+
+def _named(path: Path, what: str, *suffixes: str) -> Path:
+    if path.suffix.lower() not in suffixes and not path.is_dir():
         raise ConfigError(
-            f"a motion template named {path.name}", "expected a name that ends in .npz", "rename it"
+            f"{what} named {path.name[:64]}",
+            f"expected a name that ends in {' or '.join(suffixes)}",
+            "rename it",
         )
     return path

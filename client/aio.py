@@ -27,7 +27,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from lp_edge.client._base import ClientBase
 from lp_edge.client._book import ids_of
 from lp_edge.client._channel import Backoff, grpc, rpc_error
-from lp_edge.client._jobs import Download, Extraction, Rendering, check_template_path, is_clip, timed
+from lp_edge.client._jobs import (
+    Download,
+    Extraction,
+    Rendering,
+    check_clip_path,
+    check_template_path,
+    is_clip,
+    timed,
+)
 from lp_edge.client._messages import info_from, portrait_from, registration
 from lp_edge.client._session import Plan, Response, Session, Transport
 from lp_edge.client.sync import Pixels, ended_error, late_answer, no_room, no_start
@@ -224,13 +232,13 @@ class Client(ClientBase):
         progress: Callable[[Progress], None] | None = None,
     ) -> RenderedClip:
         """Animate a portrait with a whole clip or template into an MP4; the file appears whole or not at all."""
-        (known_as,) = ids_of(portrait)
+        (known_as,), path = ids_of(portrait), check_clip_path(output)
         wanted = Output(width=size[0], height=size[1], crf=crf)
         call = Rendering(driving, (await self.info()).templates, options, wanted, mp4=True)
 
         async def once() -> RenderedClip:
             requests = _each(call.requests(self._book.current(known_as)))
-            with Download(output) as download:
+            with Download(path) as download:
                 async with contextlib.aclosing(
                     self._stream(self._stubs.animation.Render, requests)
                 ) as responses:
@@ -663,6 +671,8 @@ class AnimateStream(AsyncIterator[Frame]):
             session = self._session
             if not session.asks_shared or session.plan.shared_memory is True:
                 raise
+            if getattr(error, "retry_after_s", 0.0):
+                raise  # what a later try may cure is not about shared memory
             with session.without_shared(error.got):
                 await self._handshake()
 

@@ -29,7 +29,8 @@ from lp_edge.cli import (
     logging_to_console,
     progress_bar,
 )
-from lp_edge.errors import ConfigError, MediaError
+from lp_edge.errors import ConfigError, MediaError, NoFaceError, OutputError
+from lp_edge.runtime.checks import within
 
 if TYPE_CHECKING:
     from lp_edge.client.sources import Source
@@ -171,21 +172,21 @@ class _Connection:
 
     def client(self) -> Client:
         """The client that they ask for."""
+        # gRPC's C library writes lines of its own to standard error; it reads this when it is imported.
+        os.environ.setdefault("GRPC_VERBOSITY", "ERROR" if self.verbose else "NONE")
         from lp_edge.client.sync import Client
         from lp_edge.client.types import TlsFiles
 
         files = (self.tls_ca, self.tls_cert, self.tls_key, self.tls_name)
         tls = TlsFiles(*files) if self.tls or any(f is not None for f in files) else None
-        # gRPC's C library writes lines of its own to standard error.
-        os.environ.setdefault("GRPC_VERBOSITY", "ERROR" if self.verbose else "NONE")
         return Client(
             self.target,
             token=_token(self.token_file),
             tls=tls,
             insecure=self.insecure,
             timeout_s=self.timeout,
-            reconnect=self.reconnect > 0,
-            reconnect_timeout_s=max(self.reconnect, 1e-3),
+            reconnect=self.reconnect != 0,
+            reconnect_timeout_s=self.reconnect or 1.0,
         )
 
 
@@ -196,8 +197,9 @@ def _token(path: Path | None) -> str | None:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
+        why = "it is not text" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise ConfigError(
-            f"{path} cannot be read ({error})", "expected a file with a token", "check the path"
+            f"{path} cannot be read ({why})", "expected a file with a token", "check path and permissions"
         ) from error
     tokens = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
     if not tokens:
@@ -235,10 +237,12 @@ def _command(
             return code
 
         run.__doc__ = function.__doc__
-        vars(run)["__click_params__"] = vars(function).get("__click_params__", [])
         command = common_options(run)
         for option in reversed(_CONNECTION):
             command = option(command)
+        vars(command)["__click_params__"] += vars(function).get(
+            "__click_params__", []
+        )  # help lists the last ones first
         epilog = "\b\nExamples:\n" + "".join(f"    {e}\n" for e in examples) + "\n" + _EXIT_CODES
         return group.command(name, cls=cls, epilog=epilog)(command)
 
@@ -288,7 +292,7 @@ def _print_info(target: str, found: ServerInfo) -> None:
     )
     click.echo(f"bundle: {found.family} {found.variant}, licence {found.licence}")
     for device in found.devices:
-        click.echo(f"device: {device.name}, {device.backend}, {device.threads} threads")
+        click.echo(f"device: {device.name}, backend {device.backend}")
     click.echo(
         f"load: {load.streams} of {limits.max_streams} streams, {load.portraits} of {limits.max_portraits} portraits "
         f"({load.portrait_bytes / 1e6:.0f} MB), {load.waiting_calls} engine calls waiting"
@@ -378,7 +382,7 @@ def portrait_delete(connection: _Connection, id: str) -> None:
 @contextlib.contextmanager
 def _portrait(server: Client, given: str, options: AnimateOptions) -> Iterator[str | Portrait]:
     """A portrait by its id, or registered for as long as the command runs."""
-    if not Path(given).exists() and _ID.fullmatch(given):
+    if not os.path.exists(given) and _ID.fullmatch(given):
         yield given
         return
     made = server.register(given, faces=options.faces, size=options.size, crop=options.crop)
@@ -458,8 +462,18 @@ class _Standard:
 
     def put(self, frame: Frame) -> None:
         picture = frame.pictures[0]
-        sys.stdout.buffer.write(picture.data)
-        sys.stdout.buffer.flush()
+        try:
+            sys.stdout.buffer.write(picture.data)
+            sys.stdout.buffer.flush()
+        except BrokenPipeError:  # who reads has enough
+            raise
+        except OSError as error:
+            sys.stdout = None  # type: ignore[assignment]  # flushing at exit would raise again
+            raise OutputError(
+                f"standard output cannot be written ({error.strerror})",
+                "expected a reader",
+                "check where it goes",
+            ) from error
         self.frames, self.size = self.frames + 1, (picture.width, picture.height)
 
 
@@ -538,6 +552,9 @@ def animate(
     if output == "-" and connection.as_json:
         raise click.UsageError("--json together with -o -: both are standard output")
     registered, options = _split(_options(settings))
+    within("fps", fps, 0.1, 1000)
+    if crf is not None:
+        within("crf", crf, 0, 51)
     camera = driving.startswith("camera:")
     live = camera if live is None else live
     stdout = output == "-"
@@ -613,6 +630,12 @@ def _drive(
         except KeyboardInterrupt:
             if not (source.camera and states):  # Ctrl-C is how a camera ends
                 raise
+        if set(states) == {"none"} and not source.camera:
+            raise NoFaceError(
+                f"no face in any of the {states.total()} frames of {source.name}",
+                "expected a driver that shows one",
+                "use another driver, or crop it around the face",
+            )
         if isinstance(sink, _Placed):
             sink.close()
     except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from lp_edge.errors import MediaError
+from lp_edge.errors import ConfigError, MediaError
 from lp_edge.runtime.motion import Motion
 
 __all__ = ["Source", "open_source"]
@@ -58,15 +59,19 @@ def open_source(
 
     Raises:
         MediaError: it cannot be read, or there is no such camera.
-        ConfigError: a template of another family.
+        ConfigError: a template of another family, or a camera without a number.
     """
     camera = _CAMERA.fullmatch(str(driving))
     if camera is not None:
         return _camera(int(camera[1]), Fraction(fps))
+    if str(driving).startswith("camera:") and not os.path.exists(driving):
+        raise ConfigError(
+            f"the camera {str(driving)[:64]!r}", "expected camera: and a number from 0 to 999", "say camera:0"
+        )
     from lp_edge.runtime.media_read import VideoReader, probe, sniff_kind
 
     path = Path(driving)
-    kind = sniff_kind(path) if path.exists() else "template"
+    kind = sniff_kind(path) if os.path.exists(path) else "template"
     if kind == "template":
         source = _template(path, family)
     elif kind == "image":

@@ -19,7 +19,15 @@ import numpy.typing as npt
 from lp_edge.client._base import ClientBase
 from lp_edge.client._book import ids_of
 from lp_edge.client._channel import Backoff, grpc, rpc_error
-from lp_edge.client._jobs import Download, Extraction, Rendering, check_template_path, is_clip, timed
+from lp_edge.client._jobs import (
+    Download,
+    Extraction,
+    Rendering,
+    check_clip_path,
+    check_template_path,
+    is_clip,
+    timed,
+)
 from lp_edge.client._messages import info_from, portrait_from, registration
 from lp_edge.client._session import Plan, Request, Response, Session, Transport
 from lp_edge.client.types import (
@@ -310,12 +318,12 @@ class Client(ClientBase):
             NotFoundError: as for :meth:`animate`.
             OutputError: the MP4 cannot be written.
         """
-        (known_as,) = ids_of(portrait)
+        (known_as,), path = ids_of(portrait), check_clip_path(output)
         wanted = Output(width=size[0], height=size[1], crf=crf)
         call = Rendering(driving, self.info().templates, options, wanted, mp4=True)
 
         def once() -> RenderedClip:
-            with Download(output) as download:
+            with Download(path) as download:
                 requests = call.requests(self._book.current(known_as))
                 for response in self._stream(self._stubs.animation.Render, requests):
                     call.take(response, download, progress)
@@ -729,6 +737,8 @@ class AnimateStream(Iterator[Frame]):
             session = self._session
             if not session.asks_shared or session.plan.shared_memory is True:
                 raise
+            if getattr(error, "retry_after_s", 0.0):
+                raise  # what a later try may cure is not about shared memory
             with session.without_shared(error.got):
                 self._handshake()
 

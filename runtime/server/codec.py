@@ -11,8 +11,9 @@ decoder goes over the whole picture for each, and a scan may be a few bytes long
 
 from __future__ import annotations
 
+import math
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from types import MappingProxyType
@@ -26,7 +27,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from lp_edge.errors import ConfigError, MediaError, OutputError, ProtocolError
+from lp_edge.errors import ConfigError, LimitError, MediaError, OutputError, ProtocolError
 from lp_edge.proto.v1 import common_pb2
 from lp_edge.runtime.checks import one_of, within
 from lp_edge.runtime.image import MAX_PIXELS, MIN_SIDE, check_size, encode_image, picture_header, read_image
@@ -44,6 +45,7 @@ __all__ = [
     "SharedReader",
     "decode_image",
     "decode_picture",
+    "encode_frame",
     "image_message",
     "output_settings",
 ]
@@ -81,6 +83,7 @@ _PIXEL_FORMAT_NUMBERS: Mapping[str, Any] = {name: number for number, name in PIX
 _FILES = ("jpeg", "png", "webp")
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")
 _MAX_SCANS = 64
+_ANSWER_REST = 64 << 10  # what an answer has beside its pictures: times, and motion of 1434 numbers
 _MAX_OUTPUT_SIDE = 8192
 
 
@@ -387,6 +390,36 @@ class PictureEncoder:
     def close(self) -> None:
         """Let go of the H.264 encoder; it holds nothing back, so nothing is lost."""
         self._h264 = None
+
+
+def encode_frame(
+    encoders: Sequence[PictureEncoder], drawn: Sequence[U8], max_message_bytes: int
+) -> list[common_pb2.Picture]:
+    """The pictures of one answer, which has to fit a message.
+
+    Args:
+        encoders: one for each picture; not for shared memory.
+        drawn: uint8 ``[H, W, 3]`` each.
+        max_message_bytes: what a message may have.
+
+    Raises:
+        LimitError: together they are larger; plain pixels are not copied first.
+    """
+    room = max_message_bytes - _ANSWER_REST
+    plain = [
+        3 * math.prod(e.output.size(rgb.shape[1], rgb.shape[0]))
+        for e, rgb in zip(encoders, drawn, strict=True)
+        if e.output.encoding == "raw"
+    ]
+    if sum(plain) <= room:
+        pictures = [e.encode(rgb) for e, rgb in zip(encoders, drawn, strict=True)]
+        if sum(len(p.data) for p in pictures) <= room:
+            return pictures
+    raise LimitError(
+        f"{len(drawn)} pictures of together more than {room} bytes",
+        "expected them to fit one message (max_message_bytes)",
+        "ask for a smaller width and height, for JPEG, or for fewer portraits in a stream",
+    )
 
 
 class _H264Encoder:

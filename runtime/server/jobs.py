@@ -61,7 +61,13 @@ from lp_edge.runtime.media_write import FrameWriter, open_writer
 from lp_edge.runtime.motion import Motion
 from lp_edge.runtime.options import AnimateOptions
 from lp_edge.runtime.pipeline import prefetch
-from lp_edge.runtime.server.codec import OutputSettings, PictureEncoder, decode_image, output_settings
+from lp_edge.runtime.server.codec import (
+    OutputSettings,
+    PictureEncoder,
+    decode_image,
+    encode_frame,
+    output_settings,
+)
 from lp_edge.runtime.server.config import Limits
 from lp_edge.runtime.server.core import Core, Stream, idle_error
 from lp_edge.runtime.server.portraits import memory_of
@@ -902,7 +908,9 @@ async def _answer_frames(
                 )
                 if output.encoding != "none":
                     with frame.watch("encode"):
-                        message.pictures.append(await core.codec(encoder.encode, frame.rgb))
+                        limit = core.config.limits.max_message_bytes
+                        pictures = await core.codec(encode_frame, [encoder], [frame.rgb], limit)
+                    message.pictures.extend(pictures)
                 message.timings.CopyFrom(
                     frame_timings(frame.watch.received_ns, frame.watch.stages, frame.watch.elapsed)
                 )

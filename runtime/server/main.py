@@ -41,6 +41,7 @@ from lp_edge.runtime.server.config import Address, ServerConfig, parse_address
 from lp_edge.runtime.server.core import Core
 from lp_edge.runtime.server.metrics import Metrics
 from lp_edge.runtime.server.service import add_services
+from lp_edge.runtime.server.unary import Guarded
 from lp_edge.runtime.server.wire import error_metadata
 
 __all__ = ["Endpoints", "Health", "check_config", "run_server"]
@@ -49,6 +50,7 @@ _LOG = logging.getLogger("lp_edge")
 
 _SWITCH_S: Final = 0.0005
 """The loop's thread must not wait the usual 5 ms for a thread that runs Python code between two NumPy calls."""
+_PROBE_S: Final = 10.0  # how long a health check's message may take: it asks for no token
 _GRACE_S: Final = 2.0
 """How long calls may take to end after they were cancelled, and threads after that."""
 _EXPIRE_S: Final = 5.0
@@ -340,7 +342,7 @@ def _grpc_server(
     )
     names = (*add_services(server, core), health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
     health = Health(names)
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    health_pb2_grpc.add_HealthServicer_to_server(health, Guarded(server, _PROBE_S))
     if config.reflection:
         reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
     return server, health, _bind(server, parse_address(config.listen), certificates)

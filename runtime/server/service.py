@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
@@ -19,7 +18,7 @@ from google.protobuf.message import DecodeError
 from google.protobuf.timestamp_pb2 import Timestamp
 
 import lp_edge
-from lp_edge.errors import ConfigError, Interrupted, LpEdgeError, ProtocolError, ServerUnavailable
+from lp_edge.errors import ConfigError, Interrupted, LpEdgeError, ServerUnavailable
 from lp_edge.proto.v1 import (
     animation_pb2,
     animation_pb2_grpc,
@@ -39,6 +38,7 @@ from lp_edge.runtime.server.codec import decode_image
 from lp_edge.runtime.server.core import Core, Device, Stream, idle_error
 from lp_edge.runtime.server.portraits import StoredPortrait
 from lp_edge.runtime.server.stream import AnimateCall
+from lp_edge.runtime.server.unary import Guarded, unparsable
 from lp_edge.runtime.server.wire import (
     animate_options,
     edit_infos,
@@ -65,51 +65,12 @@ def add_services(server: Any, core: Core) -> tuple[str, ...]:
     Returns:
         Their full names, for health and reflection.
     """
-    tolerant = _Tolerant(server)
-    portraits_pb2_grpc.add_PortraitServiceServicer_to_server(_Portraits(core), tolerant)
-    animation_pb2_grpc.add_AnimationServiceServicer_to_server(_Animation(core), tolerant)
-    server_pb2_grpc.add_ServerServiceServicer_to_server(_Server(core), tolerant)
+    guarded = Guarded(server, core.config.idle_timeout_s)
+    portraits_pb2_grpc.add_PortraitServiceServicer_to_server(_Portraits(core), guarded)
+    animation_pb2_grpc.add_AnimationServiceServicer_to_server(_Animation(core), guarded)
+    server_pb2_grpc.add_ServerServiceServicer_to_server(_Server(core), guarded)
     files = (portraits_pb2, animation_pb2, server_pb2)
     return tuple(s.full_name for f in files for s in f.DESCRIPTOR.services_by_name.values())
-
-
-class _Tolerant:
-    """Stands for a server while services are added: bytes that are no message reach a unary method as None.
-
-    Left alone, gRPC answers UNKNOWN and logs a traceback for each of them. (In streams the error comes out of the iteration.)
-    """
-
-    def __init__(self, server: Any) -> None:
-        self._server = server
-
-    def add_generic_rpc_handlers(self, handlers: Sequence[Any]) -> None:
-        self._server.add_generic_rpc_handlers([_TolerantHandler(handler) for handler in handlers])
-
-
-class _TolerantHandler:
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
-
-    def service(self, handler_call_details: Any) -> Any:
-        handler = self._inner.service(handler_call_details)
-        if handler is None or handler.request_streaming:
-            return handler
-        parse = handler.request_deserializer
-
-        def parse_or_none(data: bytes) -> Any:
-            with contextlib.suppress(DecodeError):
-                return parse(data)
-            return None
-
-        return handler._replace(request_deserializer=parse_or_none)
-
-
-def _unparsable() -> ProtocolError:
-    return ProtocolError(
-        "a message that cannot be parsed",
-        "expected the request's message of lp_edge.v1",
-        "build the client from this server's .proto files",
-    )
 
 
 async def _abort(context: Context, error: Exception, stream_id: str = "") -> None:
@@ -123,15 +84,12 @@ async def _abort(context: Context, error: Exception, stream_id: str = "") -> Non
 async def _unary(
     core: Core,
     context: Context,
-    request: object,
     work: Callable[[], Coroutine[Any, Any, T]],
     stream_ids: Sequence[str] = (),
 ) -> T:
     """Answer a unary call, or end it with an error's status; ``work`` may put the id of its stream into ``stream_ids``."""
     try:
         core.check_ready()
-        if request is None:
-            raise _unparsable()
         return await work()
     except Exception as error:
         await _abort(context, error, *stream_ids)
@@ -177,7 +135,7 @@ async def _streaming(
             try:
                 await work(stream, answers)
             except DecodeError as error:
-                raise _unparsable() from error
+                raise unparsable() from error
             except Interrupted as error:
                 if answers.gone or core.drain_deadline is None:
                     raise
@@ -204,7 +162,7 @@ class _Portraits(portraits_pb2_grpc.PortraitServiceServicer):
                 stream_ids.append(stream.id)
                 return await register(self._core, stream, request)
 
-        return await _unary(self._core, context, request, work, stream_ids)
+        return await _unary(self._core, context, work, stream_ids)
 
     async def ListPortraits(
         self, request: portraits_pb2.ListPortraitsRequest, context: Context
@@ -217,7 +175,7 @@ class _Portraits(portraits_pb2_grpc.PortraitServiceServicer):
                 memory_limit_bytes=self._core.config.limits.max_portrait_bytes,
             )
 
-        return await _unary(self._core, context, request, work)
+        return await _unary(self._core, context, work)
 
     async def DeletePortrait(
         self, request: portraits_pb2.DeletePortraitRequest, context: Context
@@ -226,7 +184,7 @@ class _Portraits(portraits_pb2_grpc.PortraitServiceServicer):
             self._core.store.delete(request.id)
             return portraits_pb2.DeletePortraitResponse()
 
-        return await _unary(self._core, context, request, work)
+        return await _unary(self._core, context, work)
 
 
 async def register(
@@ -354,8 +312,6 @@ class _Server(server_pb2_grpc.ServerServiceServicer):
         self, request: server_pb2.GetServerInfoRequest, context: Context
     ) -> server_pb2.GetServerInfoResponse:
         """Answers while the server loads or drains, too."""
-        if request is None:
-            await _abort(context, _unparsable())
         core = self._core
         response = server_pb2.GetServerInfoResponse(
             version=lp_edge.__version__, templates=list(GESTURES), versions=self._versions

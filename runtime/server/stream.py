@@ -36,7 +36,13 @@ from lp_edge.runtime.driver import DriverFrame
 from lp_edge.runtime.live import LivePuppet, LiveReader
 from lp_edge.runtime.motion import Motion
 from lp_edge.runtime.options import AnimateOptions
-from lp_edge.runtime.server.codec import OutputSettings, PictureEncoder, decode_image, output_settings
+from lp_edge.runtime.server.codec import (
+    OutputSettings,
+    PictureEncoder,
+    decode_image,
+    encode_frame,
+    output_settings,
+)
 from lp_edge.runtime.server.core import Core, Stream, idle_error
 from lp_edge.runtime.server.wire import (
     animate_options,
@@ -106,6 +112,7 @@ class _Item:
     step: DriverFrame | None = None
     drawn: list[U8] = field(default_factory=list)
     pictures: list[common_pb2.Picture] = field(default_factory=list)
+    size: int = 0
     failed: MediaError | None = None
 
     @property
@@ -161,7 +168,7 @@ class AnimateCall:
         self._skipped = asyncio.Event()
         self._answered = False  # all frames are
         self._heard = time.monotonic()
-        self._blocked: float | None = None
+        self._blocked: dict[object, float] = {}  # what waits for the client, since when
 
     # -- life ------------------------------------------------------------------------------------------
 
@@ -354,7 +361,7 @@ class AnimateCall:
                 "keep to one kind in a stream",
             )
         self._sequence, self._timestamp, self._kind = frame.sequence, frame.timestamp_us, kind
-        item = _Item(frame)
+        item = _Item(frame, size=frame.ByteSize())
         if kind == "motion":
             item.motion = motion_from_message(frame.motion, self._space)
         if kind == "image" and frame.image.WhichOneof("kind") == "shared":
@@ -367,7 +374,11 @@ class AnimateCall:
                 self._drop(older, item)
             self._inbox = [item]
         else:
-            if len(self._inbox) >= self._limits.max_queue + _UNTAKEN:
+            # Beyond the queue no more than one message may have, so that waiting costs little whatever the frames are.
+            waiting = item.size + sum(i.size for i in self._inbox[self._limits.max_queue :])
+            if len(self._inbox) >= self._limits.max_queue + _UNTAKEN or (
+                len(self._inbox) >= self._limits.max_queue and waiting > self._limits.max_message_bytes
+            ):
                 raise LimitError(
                     f"{len(self._inbox)} frames wait and all result slots are full",
                     "expected results_taken in time",
@@ -433,7 +444,7 @@ class AnimateCall:
             if (
                 item.drawn and self._results is None
             ):  # one change of threads less; slots are the event loop's business
-                item.pictures = self._encode(item, [None] * len(item.drawn))
+                item.pictures = self._encode(item, ())
 
         while True:
             await (
@@ -540,14 +551,16 @@ class AnimateCall:
         self._core.metrics.frame("animate", item.watch.by_stage(), item.watch.elapsed)
         self._heard = time.monotonic()
 
-    def _encode(self, item: _Item, slots: Sequence[int | None]) -> list[common_pb2.Picture]:
-        pictures = []
+    def _encode(self, item: _Item, slots: Sequence[int]) -> list[common_pb2.Picture]:
+        """Pictures in messages, or, where there are ``slots``, in shared memory."""
         with item.watch("encode"):
+            if not slots or self._shared is None:
+                return encode_frame(self._encoders, item.drawn, self._limits.max_message_bytes)
+            pictures = []
             for encoder, rgb, slot in zip(self._encoders, item.drawn, slots, strict=True):
-                if slot is not None and self._shared is not None:
-                    self._shared.write("result", slot, encoder.pixels(rgb))
+                self._shared.write("result", slot, encoder.pixels(rgb))
                 pictures.append(encoder.encode(rgb, slot=slot))
-        return pictures
+            return pictures
 
     async def _slots_free(self) -> None:
         """Wait until there is a result slot for each picture of a frame, where results travel in shared memory."""
@@ -561,10 +574,10 @@ class AnimateCall:
                 await self._slot_freed.wait()
         self._starved = False
 
-    async def _take_slots(self, item: _Item) -> list[int | None]:
-        """A slot for each picture; None where pictures travel otherwise."""
+    async def _take_slots(self, item: _Item) -> list[int]:
+        """A slot for each picture; none where pictures travel otherwise."""
         if self._output.encoding != "shared_memory" or self._results is None:
-            return [None] * len(item.drawn)
+            return []
         if not self._mapped:
             raise ProtocolError(
                 f"frame {item.message.sequence} before the shared memory was mapped",
@@ -572,7 +585,8 @@ class AnimateCall:
                 "answer StreamStarted with it",
             )
         await self._slots_free()
-        return [self._results.take(item.message.sequence) for _ in item.drawn]
+        slots = (self._results.take(item.message.sequence) for _ in item.drawn)
+        return [slot for slot in slots if slot is not None]  # all are: they have been waited for
 
     async def _answer(self, response: Response) -> None:
         async with self._sending:  # a notice and a frame must not be written at once
@@ -585,11 +599,12 @@ class AnimateCall:
     @contextmanager
     def _blocking(self) -> Iterator[None]:
         """The client has to do something before the body ends: read an answer, or free a slot."""
-        before, self._blocked = self._blocked, self._blocked or time.monotonic()
+        wait = object()
+        self._blocked[wait] = time.monotonic()
         try:
             yield
         finally:
-            self._blocked = before
+            del self._blocked[wait]
 
     # -- the outside -------------------------------------------------------------------------------------
 
@@ -607,9 +622,8 @@ class AnimateCall:
             if self._stream.draining.is_set() and self._core.time_left() == 0.0:
                 raise ServerUnavailable("the server stops", "", "connect again", retry_after_s=1.0)
             now = time.monotonic()
-            if (self._busy == 0 and now - self._heard > limit) or (
-                self._blocked is not None and now - self._blocked > limit
-            ):
+            oldest = min(self._blocked.values(), default=now)
+            if (self._busy == 0 and now - self._heard > limit) or now - oldest > limit:
                 raise idle_error(limit)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("google.protobuf", reason="needs the extra server or client")
 
-from lp_edge.errors import ConfigError, LpEdgeError, MediaError, OutputError, ProtocolError
+from lp_edge.errors import ConfigError, LimitError, LpEdgeError, MediaError, OutputError, ProtocolError
 from lp_edge.proto.v1 import common_pb2
 from lp_edge.runtime.image import encode_image, read_image
 from lp_edge.runtime.server.codec import (
@@ -23,6 +23,7 @@ from lp_edge.runtime.server.codec import (
     PictureEncoder,
     decode_image,
     decode_picture,
+    encode_frame,
     image_message,
     output_settings,
 )
@@ -450,3 +451,16 @@ def test_damaged_access_units_are_pixels_or_errors_of_ours(choose: st.DataObject
         except LpEdgeError:
             continue
         assert out.shape == (64, 96, 3)
+
+
+@pytest.mark.parametrize(("encoding", "fits"), [("raw", False), ("jpeg", True), ("png", False)])
+def test_the_pictures_of_an_answer_have_to_fit_a_message(encoding: str, fits: bool) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
+    encoders = [PictureEncoder(OutputSettings(encoding, quality=10)) for _ in range(2)]
+    limit = 2 * noise.nbytes  # two of them, and no room for the rest of the answer
+    if fits:
+        pictures = encode_frame(encoders, [noise, noise], limit)
+        assert [p.width for p in pictures] == [256, 256]
+    else:
+        with pytest.raises(LimitError, match="2 pictures"):
+            encode_frame(encoders, [noise, noise], limit)
