@@ -106,6 +106,7 @@ U8 = npt.NDArray[np.uint8]
 CHUNK_BYTES = 256 << 10
 """Bytes of a file that one message carries."""
 
+_CLOSED_S = 0.02
 _PROGRESS_S = 0.2
 _ENCODER_THREADS = 2  # the cores belong to all streams
 _PICTURES = ("jpeg", "png", "webp")
@@ -585,6 +586,8 @@ async def _receive(core: Core, upload: Upload, messages: AsyncIterator[Any], fie
     """Fill an upload until the client closes its sending side."""
     async for message in messages:
         await core.codec(upload.write, _only(message, field))
+    # A client that was killed looks for a moment as if it had closed its side: the cancellation comes just after.
+    await asyncio.sleep(_CLOSED_S)
     await core.codec(upload.finish)
 
 
