@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import select
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,8 +12,7 @@ from typing import Any
 
 import pytest
 
-SECONDS = 60.0
-"""What a process may take for anything on a busy machine; nothing here waits so long when all is well."""
+from lp_edge.tests.runtime.server.process import SECONDS, ServeProcess
 
 
 @dataclass(frozen=True)
@@ -84,58 +76,6 @@ def pki(tmp_path: Path) -> Pki:
     folder = tmp_path / "pki"
     folder.mkdir()
     return Pki(folder, openssl)
-
-
-class ServeProcess:
-    """A running ``lp-serve`` in a process of its own."""
-
-    def __init__(self, args: list[str], environment: dict[str, str], errors: Path) -> None:
-        self._errors = errors
-        code = "from lp_edge.runtime.server.command import serve; serve(prog_name='lp-serve')"
-        with errors.open("wb") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", code, *args],
-                stdout=subprocess.PIPE,
-                stderr=out,
-                env={**os.environ, **environment},
-            )
-        self.ready: dict[str, Any] = {}
-
-    @property
-    def log(self) -> str:
-        """What it has written to standard error so far."""
-        return self._errors.read_text()
-
-    def wait_ready(self) -> None:
-        """Read the line that says where it listens; fails with its log when it ends before."""
-        assert self.process.stdout is not None
-        readable, _, _ = select.select([self.process.stdout], [], [], SECONDS)
-        line = self.process.stdout.readline() if readable else b""
-        assert line, f"lp-serve did not start: {self.process.poll()}\n{self.log}"
-        self.ready = json.loads(line)
-
-    def wait_log(self, text: str) -> None:
-        """Wait until the log contains a text."""
-        until = time.monotonic() + SECONDS
-        while text not in self.log:
-            assert time.monotonic() < until, f"{text!r} is not in the log:\n{self.log}"
-            time.sleep(0.02)
-
-    def send(self, number: signal.Signals) -> None:
-        """Send a signal."""
-        self.process.send_signal(number)
-
-    def wait(self, timeout: float = SECONDS) -> int:
-        """Its exit code."""
-        return self.process.wait(timeout)
-
-    def end(self) -> None:
-        """Kill it if it still runs."""
-        with contextlib.suppress(ProcessLookupError):
-            self.process.kill()
-        self.process.wait(SECONDS)
-        if self.process.stdout is not None:
-            self.process.stdout.close()
 
 
 @pytest.fixture
