@@ -131,19 +131,23 @@ class ExportError(LpEdgeError):
     exit_code = 9
 
 
-class LimitError(LpEdgeError):
-    """A limit of the server is reached: streams, portraits, memory, sizes.
+class _Passing(LpEdgeError):
+    """What may be over after a while.
 
     Args:
         retry_after_s: seconds after which another try makes sense; 0 = unknown.
     """
 
-    exit_code = 10
-    grpc_status = "RESOURCE_EXHAUSTED"
-
     def __init__(self, got: str, expected: str = "", remedy: str = "", *, retry_after_s: float = 0.0) -> None:
         super().__init__(got, expected, remedy)
         self.retry_after_s = retry_after_s
+
+
+class LimitError(_Passing):
+    """A limit of the server is reached: streams, portraits, memory, sizes."""
+
+    exit_code = 10
+    grpc_status = "RESOURCE_EXHAUSTED"
 
 
 class NotFoundError(LpEdgeError):
@@ -160,19 +164,11 @@ class AccessError(LpEdgeError):
     grpc_status = "UNAUTHENTICATED"
 
 
-class ServerUnavailable(LpEdgeError):
-    """The server cannot be reached, went away, or is about to stop.
-
-    Args:
-        retry_after_s: seconds after which another try makes sense; 0 = unknown.
-    """
+class ServerUnavailable(_Passing):
+    """The server cannot be reached, went away, or is about to stop."""
 
     exit_code = 13
     grpc_status = "UNAVAILABLE"
-
-    def __init__(self, got: str, expected: str = "", remedy: str = "", *, retry_after_s: float = 0.0) -> None:
-        super().__init__(got, expected, remedy)
-        self.retry_after_s = retry_after_s
 
 
 class DeadlineError(LpEdgeError):

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 import av
@@ -337,17 +338,7 @@ def _describe(core: Core, response: server_pb2.GetServerInfoResponse) -> None:
     limits, config = core.config.limits, core.config
     for device in core.devices:
         response.devices.add(name=device.name, backend=device.backend, threads=device.threads)
-    message = server_pb2.Limits(
-        max_streams=limits.max_streams,
-        max_portraits=limits.max_portraits,
-        max_portrait_bytes=limits.max_portrait_bytes,
-        max_queue=limits.max_queue,
-        max_message_bytes=limits.max_message_bytes,
-        max_pixels=limits.max_pixels,
-        max_upload_bytes=limits.max_upload_bytes,
-        max_shared_memory_bytes=limits.max_shared_memory_bytes,
-        max_batch=config.max_batch,
-    )
+    message = server_pb2.Limits(**asdict(limits), max_batch=config.max_batch)
     message.portrait_time_to_live.FromNanoseconds(int(config.portrait_ttl_s * 1e9))
     message.idle_timeout.FromNanoseconds(int(config.idle_timeout_s * 1e9))
     response.limits.CopyFrom(message)
