@@ -14,12 +14,12 @@ import os
 import platform
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib import metadata
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lp_edge.engines.backends import resolve_backend
 from lp_edge.engines.batching import BatchConfig, CallScope, DeviceWorker
@@ -33,7 +33,7 @@ from lp_edge.runtime.server.portraits import PortraitStore
 from lp_edge.runtime.server.wire import MotionSpace
 from lp_edge.runtime.shared_frames import sweep
 
-__all__ = ["Core", "Device", "Stream", "idle_error"]
+__all__ = ["Core", "Device", "Stream", "idle_error", "stopping"]
 
 _LOG = logging.getLogger("lp_edge")
 
@@ -111,6 +111,7 @@ class Stream:
         scope: its network calls; cancelled when the stream ends.
         log: what will be said of it.
         draining: set when the server is about to stop.
+        ended: set when it does and the stream is still open.
     """
 
     def __init__(self, kind: str, peer: str, device: Device) -> None:
@@ -118,7 +119,7 @@ class Stream:
         self.kind, self.peer, self.device = kind, peer, device
         self.scope = CallScope(self.id)
         self.log = StreamLog(id=self.id, kind=kind, peer=peer)
-        self.draining = asyncio.Event()
+        self.draining, self.ended = asyncio.Event(), asyncio.Event()
         self.opened = time.monotonic()
 
     def cancel(self) -> None:
@@ -145,8 +146,8 @@ class Core:
         self.streams: dict[str, Stream] = {}
         self.drain_deadline: float | None = None
         cores = os.cpu_count() or 1
-        # A lossless stream reads and draws in two threads; a job's generator takes one and waits in it.
-        self._steps = ThreadPoolExecutor(2 * config.limits.max_streams + 4, thread_name_prefix="step")
+        # A lossless stream decodes, reads, draws and encodes in up to four threads, most of which wait for the device.
+        self._steps = ThreadPoolExecutor(4 * config.limits.max_streams + 4, thread_name_prefix="step")
         self._codecs = ThreadPoolExecutor(max(2, cores), thread_name_prefix="codec")
         metrics.bind(
             queue_depth=lambda: sum(d.worker.pending for d in self.devices),
@@ -247,6 +248,26 @@ class Core:
             status = stream.log.end(error)
             self.metrics.stream_closed(kind, status, time.monotonic() - stream.opened)
 
+    async def next_message(self, stream: Stream, requests: AsyncIterator[T]) -> T | None:
+        """The client's next message; None when it has finished.
+
+        Raises:
+            DeadlineError: none came within ``idle_timeout_s``.
+            ServerUnavailable: the server stops.
+        """
+        limit = self.config.idle_timeout_s
+        message: asyncio.Future[T | None] = asyncio.ensure_future(anext(requests, None))
+        ended = asyncio.ensure_future(stream.ended.wait())
+        try:
+            waiting: set[asyncio.Future[Any]] = {message, ended}
+            await asyncio.wait(waiting, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            if message.done():
+                return message.result()
+            raise stopping() if ended.done() else idle_error(limit)
+        finally:
+            message.cancel()
+            ended.cancel()
+
     # -- work --------------------------------------------------------------------------------------------
 
     async def compute(self, stream: Stream, fn: Callable[..., T], *args: object) -> T:
@@ -263,7 +284,10 @@ class Core:
         return await _joined(self._steps.submit(run), stream.cancel)
 
     async def codec(self, fn: Callable[..., T], *args: object) -> T:
-        """Run short work without networks (decoding, encoding) in a thread; cancelling this waits for it."""
+        """Run work without networks that no frame waits for (pictures to register, files) in one of a few threads.
+
+        Cancelling this waits for it.
+        """
         return await _joined(self._codecs.submit(fn, *args))
 
     async def iterate(
@@ -301,6 +325,7 @@ class Core:
         left = list(self.streams.values())
         for stream in left:
             stream.cancel()
+            stream.ended.set()
         return not left
 
     def time_left(self) -> float:
@@ -329,10 +354,19 @@ async def _joined(future: Future[T], stop: Callable[[], None] = lambda: None) ->
     except asyncio.CancelledError:
         stop()
         if not future.cancel():
-            await asyncio.wait([waiting])
+            while not waiting.done():
+                with contextlib.suppress(
+                    asyncio.CancelledError
+                ):  # a second one is no reason to free what is in use
+                    await asyncio.wait([waiting])
             if not waiting.cancelled():
                 waiting.exception()  # nobody else will ask for it
         raise
+
+
+def stopping() -> ServerUnavailable:
+    """The error that ends a stream at the drain's deadline."""
+    return ServerUnavailable("the server stops", "", "connect again", retry_after_s=_RETRY_S)
 
 
 def idle_error(limit_s: float) -> DeadlineError:

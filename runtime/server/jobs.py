@@ -69,7 +69,7 @@ from lp_edge.runtime.server.codec import (
     output_settings,
 )
 from lp_edge.runtime.server.config import Limits
-from lp_edge.runtime.server.core import Core, Stream, idle_error
+from lp_edge.runtime.server.core import Core, Stream
 from lp_edge.runtime.server.portraits import memory_of
 from lp_edge.runtime.server.stream import FrameWatch
 from lp_edge.runtime.server.wire import (
@@ -543,16 +543,9 @@ class Pace:
 # -- messages ------------------------------------------------------------------------------------------------
 
 
-async def _messages(core: Core, requests: AsyncIterator[T]) -> AsyncGenerator[T, None]:
+async def _messages(core: Core, stream: Stream, requests: AsyncIterator[T]) -> AsyncGenerator[T, None]:
     """The client's messages; one that does not come in time ends the call."""
-    limit = core.config.idle_timeout_s
-    while True:
-        try:
-            message = await asyncio.wait_for(requests.__anext__(), limit)
-        except StopAsyncIteration:
-            return
-        except asyncio.TimeoutError as error:
-            raise idle_error(limit) from error
+    while (message := await core.next_message(stream, requests)) is not None:
         yield message
 
 
@@ -620,7 +613,7 @@ async def extract_motion(
     Raises:
         LpEdgeError: what ends the call: ProtocolError, ConfigError, MediaError, NoFaceError, LimitError, DeadlineError, Interrupted.
     """
-    messages = _messages(core, requests)
+    messages = _messages(core, stream, requests)
     config = await _first(messages, "ExtractMotion")
     from_clip = choice("input", config.input, _INPUTS) == "clip"
     to_template = choice("output", config.output, _OUTPUTS) == "template"
@@ -827,7 +820,7 @@ async def render(
         LpEdgeError: what ends the call: NotFoundError, ProtocolError, ConfigError, MediaError, NoFaceError, LimitError,
             DeadlineError, OutputError, Interrupted.
     """
-    messages = _messages(core, requests)
+    messages = _messages(core, stream, requests)
     config = await _first(messages, "Render")
     limits, device = core.config.limits, stream.device
     output = output_settings(config.output, max_pixels=limits.max_pixels)
@@ -912,7 +905,7 @@ async def _answer_frames(
                 if output.encoding != "none":
                     with frame.watch("encode"):
                         limit = core.config.limits.max_message_bytes
-                        pictures = await core.codec(encode_frame, [encoder], [frame.rgb], limit)
+                        pictures = await core.compute(stream, encode_frame, [encoder], [frame.rgb], limit)
                     message.pictures.extend(pictures)
                 message.timings.CopyFrom(
                     frame_timings(frame.watch.received_ns, frame.watch.stages, frame.watch.elapsed)

@@ -219,7 +219,7 @@ async def run_server(config: ServerConfig, *, ready: Callable[[Endpoints], None]
             stack.callback(endpoint.close)
             scrape = str(endpoint.address)
         _LOG.info("loading the networks", extra={"fields": {"grpc": str(address)}})
-        if await _first(loading.done, stop):
+        if await _first(loading.begin(), stop):
             endpoints = Endpoints(
                 str(address), None if http is None else str(http), scrape, config.tls is not None
             )
@@ -273,7 +273,12 @@ class _Loading:
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        self.done = self._in_thread(core.open, "lp-load")
+        self._done: asyncio.Future[None] | None = None
+
+    def begin(self) -> asyncio.Future[None]:
+        """Start to load; the future tells when that has ended, and how."""
+        self._done = self._in_thread(self._core.open, "lp-load")
+        return self._done
 
     def _in_thread(self, work: Callable[[], None], name: str) -> asyncio.Future[None]:
         loop = asyncio.get_running_loop()
@@ -298,9 +303,11 @@ class _Loading:
 
     async def close(self) -> None:
         """End the core. What does not end in time (an engine is being compiled, a network hangs) goes with the process."""
-        await asyncio.wait({self.done}, timeout=self._core.config.drain_timeout_s + _GRACE_S)
-        if self.done.done():
-            self.done.exception()  # has been raised, or nobody wants it any more
+        if self._done is not None:
+            await asyncio.wait({self._done}, timeout=self._core.config.drain_timeout_s + _GRACE_S)
+        if self._done is None or self._done.done():
+            if self._done is not None:
+                self._done.exception()  # has been raised, or nobody wants it any more
             closed = self._in_thread(self._core.close, "lp-close")
             await asyncio.wait({closed}, timeout=2 * _GRACE_S)
             if closed.done():
@@ -332,7 +339,7 @@ def _grpc_server(
         ("grpc.keepalive_time_ms", 20_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 4_000),
     ]
     interceptors = []
     if tokens.required:
@@ -342,7 +349,7 @@ def _grpc_server(
     )
     names = (*add_services(server, core), health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
     health = Health(names)
-    health_pb2_grpc.add_HealthServicer_to_server(health, Guarded(server, _PROBE_S))
+    health_pb2_grpc.add_HealthServicer_to_server(health, Guarded(server, _PROBE_S, most=_UNARY // 2))
     if config.reflection:
         reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
     return server, health, _bind(server, parse_address(config.listen), certificates)

@@ -55,13 +55,6 @@ STAGES: Final = (
 DROPS: Final = ("newer", "undecodable", "other")
 REFUSALS: Final = (
     "streams",
-    "portraits",
-    "portrait_bytes",
-    "queue",
-    "message",
-    "pixels",
-    "upload",
-    "shared_memory",
     "loading",
     "draining",
     "token",

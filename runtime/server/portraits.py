@@ -188,19 +188,28 @@ class PortraitStore:
             LimitError: it is too large, or others cannot make room because streams use them.
             ConfigError: ``ttl_s`` is out of range.
         """
-        ttl = self._ttl_s if ttl_s is None else float(ttl_s)
-        if not 0 < ttl <= self._ttl_s:
-            raise ConfigError(
-                f"a portrait's time to live is {ttl:g} s",
-                f"expected more than 0 and at most {self._ttl_s:g} s",
-                "choose a time in that range, or leave it out",
-            )
+        ttl = self.time_to_live(ttl_s)
         portrait = StoredPortrait(self, rgb, options, faces, prepared, prepare, ttl, self.now())
         with self._lock:
             self._expire()
             self._make_room(portrait, portrait.memory_bytes, 1)
             self._portraits[portrait.id] = portrait
         return portrait
+
+    def time_to_live(self, seconds: float | None) -> float:
+        """What a portrait gets that asks for so many seconds; None = the default.
+
+        Raises:
+            ConfigError: it is 0 or less, or longer than the default.
+        """
+        ttl = self._ttl_s if seconds is None else float(seconds)
+        if not 0 < ttl <= self._ttl_s:
+            raise ConfigError(
+                f"a portrait's time to live is {ttl:g} s",
+                f"expected more than 0 and at most {self._ttl_s:g} s",
+                "choose a time in that range, or leave it out",
+            )
+        return ttl
 
     def get(self, id: str) -> StoredPortrait:
         """The portrait of that id; its time to live begins anew.

@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 from google.protobuf.timestamp_pb2 import Timestamp
 
 import lp_edge
-from lp_edge.errors import ConfigError, Interrupted, LpEdgeError, ServerUnavailable
+from lp_edge.errors import ConfigError, Interrupted, LpEdgeError
 from lp_edge.proto.v1 import (
     animation_pb2,
     animation_pb2_grpc,
@@ -36,7 +36,7 @@ from lp_edge.runtime.image import encode_image
 from lp_edge.runtime.options import AnimateOptions
 from lp_edge.runtime.server import jobs
 from lp_edge.runtime.server.codec import decode_image
-from lp_edge.runtime.server.core import Core, Device, Stream, idle_error
+from lp_edge.runtime.server.core import Core, Device, Stream, idle_error, stopping
 from lp_edge.runtime.server.portraits import StoredPortrait
 from lp_edge.runtime.server.stream import AnimateCall
 from lp_edge.runtime.server.unary import Guarded, unparsable
@@ -66,7 +66,8 @@ def add_services(server: Any, core: Core) -> tuple[str, ...]:
     Returns:
         Their full names, for health and reflection.
     """
-    guarded = Guarded(server, core.config.idle_timeout_s)
+    config = core.config
+    guarded = Guarded(server, config.idle_timeout_s, most=config.limits.max_streams)
     portraits_pb2_grpc.add_PortraitServiceServicer_to_server(_Portraits(core), guarded)
     animation_pb2_grpc.add_AnimationServiceServicer_to_server(_Animation(core), guarded)
     server_pb2_grpc.add_ServerServiceServicer_to_server(_Server(core), guarded)
@@ -141,7 +142,8 @@ async def _streaming(
                 if answers.gone or core.drain_deadline is None:
                     raise
                 # the drain's deadline has cut its work short
-                raise ServerUnavailable("the server stops", "", "connect again", retry_after_s=1.0) from error
+                raise stopping() from error
+        await answers.settle()  # a notice may be on its way
     except Exception as error:  # CancelledError is none
         if await answers.settle():  # its place is free already
             await _abort(context, error, stream_id)
@@ -196,9 +198,10 @@ async def register(
     low, high = _THUMBNAIL_SIDES
     if not low <= side <= high:
         raise ConfigError(f"thumbnail_side {side}", f"expected {low} to {high}", "choose one, or 0 for 128")
-    ttl = None
-    if request.HasField("time_to_live"):
-        ttl = request.time_to_live.seconds + request.time_to_live.nanos / 1e9
+    asked = request.time_to_live
+    ttl = core.store.time_to_live(
+        asked.seconds + asked.nanos / 1e9 if request.HasField("time_to_live") else None
+    )
     animator = stream.device.animator
     options = animate_options(request.options, common_pb2.AnimationOptions(), animator.family.name)
     rgb = await core.codec(decode_image, request.image, core.config.limits, None)

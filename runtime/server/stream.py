@@ -29,7 +29,6 @@ from lp_edge.errors import (
     LimitError,
     MediaError,
     ProtocolError,
-    ServerUnavailable,
 )
 from lp_edge.proto.v1 import animation_pb2, common_pb2
 from lp_edge.runtime.driver import DriverFrame
@@ -43,7 +42,8 @@ from lp_edge.runtime.server.codec import (
     encode_frame,
     output_settings,
 )
-from lp_edge.runtime.server.core import Core, Stream, idle_error
+from lp_edge.runtime.server.core import Core, Stream, idle_error, stopping
+from lp_edge.runtime.server.portraits import StoredPortrait
 from lp_edge.runtime.server.wire import (
     animate_options,
     face_state,
@@ -113,7 +113,6 @@ class _Item:
     drawn: list[U8] = field(default_factory=list)
     pictures: list[common_pb2.Picture] = field(default_factory=list)
     size: int = 0
-    failed: MediaError | None = None
 
     @property
     def seconds(self) -> Fraction:
@@ -157,7 +156,7 @@ class AnimateCall:
         )  # something came into the inbox, or out of it, or the client has finished
         self._finished = False
         self._starved = False
-        self._options: list[AnimateOptions] | None = None
+        self._options: common_pb2.AnimationOptions | None = None
         self._neutral: tuple[Motion | None] | None = None
         self._sequence, self._timestamp = 0, -1
         self._kind: str | None = None
@@ -178,11 +177,7 @@ class AnimateCall:
         Raises:
             LpEdgeError: what ends the stream with an error status.
         """
-        limit = self._core.config.idle_timeout_s
-        try:
-            request = await asyncio.wait_for(anext(self._requests, None), limit)
-        except asyncio.TimeoutError as error:
-            raise idle_error(limit) from error
+        request = await self._core.next_message(self._stream, self._requests)
         if request is None or request.WhichOneof("message") != "config":
             raise _no_configuration(request and (request.WhichOneof("message") or "empty"))
         async with AsyncExitStack() as stack:
@@ -210,7 +205,8 @@ class AnimateCall:
                 f"expected 1 to {_MAX_PORTRAITS}",
                 "register a portrait and name it",
             )
-        portraits = [stack.enter_context(self._core.store.pinned(i)) for i in ids]
+        pinned = {i: stack.enter_context(self._core.store.pinned(i)) for i in dict.fromkeys(ids)}
+        portraits = [pinned[i] for i in ids]
         self._stream.log.portraits = len(ids)
         if config.mode not in animation_pb2.StreamMode.values():
             raise ConfigError(f"mode {config.mode}", "expected a StreamMode", "choose LIVE or LOSSLESS")
@@ -218,7 +214,7 @@ class AnimateCall:
         self._output: OutputSettings = output_settings(config.output, max_pixels=self._limits.max_pixels)
         self._layout = self._space.resolve(config.motion_layout)
         self._stored = portraits
-        self._started_with = self._options_of(config.options)
+        self._started_with = self._options_of(config.options, portraits)
         neutral = motion_from_message(config.neutral, self._space) if config.HasField("neutral") else None
         self._with_motion = config.with_motion
         await self._share(config, stack)
@@ -250,11 +246,13 @@ class AnimateCall:
             for p, options in zip(self._stored, self._started_with, strict=True)
         ]
 
-    def _options_of(self, options: common_pb2.AnimationOptions) -> list[AnimateOptions]:
+    def _options_of(
+        self, options: common_pb2.AnimationOptions, stored: Sequence[StoredPortrait]
+    ) -> list[AnimateOptions]:
         """Options for each portrait: its registration's and the stream's."""
         family = self._family.name
-        made = [animate_options(portrait_options_message(p.options), options, family) for p in self._stored]
-        for portrait, its in zip(self._stored, made, strict=True):
+        made = [animate_options(portrait_options_message(p.options), options, family) for p in stored]
+        for portrait, its in zip(stored, made, strict=True):
             if not its.paste_back and len(portrait.faces) > 1:
                 raise ConfigError(
                     f"paste_back is false for a portrait of {len(portrait.faces)} faces",
@@ -314,7 +312,10 @@ class AnimateCall:
             if kind == "frame":
                 await self._take_in(request.frame)
             elif kind == "options":
-                self._options = self._options_of(request.options)
+                self._options_of(request.options, self._stored[:1])  # a fault is told at once
+                self._options = (
+                    request.options
+                )  # the rest of the work is done once a frame, however many come
             elif kind == "set_neutral":
                 given = request.set_neutral
                 motion = motion_from_message(given.motion, self._space) if given.HasField("motion") else None
@@ -368,7 +369,9 @@ class AnimateCall:
             self._claim(frame)
         elif self._driving is not None:
             self._driving.skip(frame.sequence)
-        item.options, item.neutral, self._options, self._neutral = self._options, self._neutral, None, None
+        if self._options is not None:
+            item.options = self._options_of(self._options, self._stored)
+        item.neutral, self._options, self._neutral = self._neutral, None, None
         if self._live:
             for older in self._inbox:
                 self._drop(older, item)
@@ -491,10 +494,9 @@ class AnimateCall:
         try:
             with item.watch("decode"):
                 item.rgb = decode_image(item.message.image, self._limits, self._read_shared)
-        except MediaError as error:
+        except MediaError:
             if not self._live:
                 raise
-            item.failed = error
         # Pixels in shared memory have been copied: the slot is free whatever comes next.
         self._taken = item.message.sequence
         item.message.ClearField("driver")
@@ -533,7 +535,7 @@ class AnimateCall:
             return
         if item.drawn and not item.pictures:
             slots = await self._take_slots(item)
-            item.pictures = await self._core.codec(self._encode, item, slots)
+            item.pictures = await self._core.compute(self._stream, self._encode, item, slots)
         frame = animation_pb2.AnimatedFrame(
             pictures=item.pictures,
             sequence=item.message.sequence,
@@ -620,7 +622,7 @@ class AnimateCall:
         while True:
             await asyncio.sleep(min(0.25, limit / 4))
             if self._stream.draining.is_set() and self._core.time_left() == 0.0:
-                raise ServerUnavailable("the server stops", "", "connect again", retry_after_s=1.0)
+                raise stopping()
             now = time.monotonic()
             oldest = min(self._blocked.values(), default=now)
             if (self._busy == 0 and now - self._heard > limit) or now - oldest > limit:

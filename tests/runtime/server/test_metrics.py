@@ -144,12 +144,12 @@ def get(url: str, token: str | None = None, context: ssl.SSLContext | None = Non
 
 def test_the_endpoint_gives_what_render_gives_and_ends_with_its_threads() -> None:
     metrics = Metrics()
-    metrics.refused("pixels")
+    metrics.refused("streams")
     before = set(threading.enumerate())
     with metrics.serve("127.0.0.1:0") as endpoint:
         status, kind, body = get(f"http://{endpoint.address}/metrics")
         assert (status, kind) == (200, metrics.render()[1])
-        assert 'lp_edge_refused_total{reason="pixels"} 1.0' in body
+        assert 'lp_edge_refused_total{reason="streams"} 1.0' in body
         assert get(f"http://{endpoint.address}/metrics?name=x")[0] == 200
         for path in ("/", "/other", "/metrics/../etc/passwd"):
             assert get(f"http://{endpoint.address}{path}")[0] == 404
