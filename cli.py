@@ -69,7 +69,7 @@ class Guarded(click.Command):
         except click.ClickException as error:
             usage = error.ctx.get_usage() if isinstance(error, click.UsageError) and error.ctx else ""
             message = error.format_message()
-            hint = f"{name} --help lists all options" if usage else ""
+            hint = f"{error.ctx.command_path} --help lists all options" if usage else ""  # type: ignore[attr-defined]
             sys.exit(_report(name, type(error).__name__, message, "", hint, error.exit_code, as_json))
         except (click.Abort, KeyboardInterrupt):
             stop = Interrupted("the run was stopped", "nothing was written")

@@ -33,6 +33,7 @@ __all__ = [
     "MIN_SIDE",
     "PICTURE_SUFFIXES",
     "PictureHeader",
+    "TooLargeError",
     "check_size",
     "encode_image",
     "picture_header",
@@ -301,6 +302,10 @@ _PARSERS = (
 )
 
 
+class TooLargeError(MediaError):
+    """A picture, or a frame of a clip, has more pixels than are allowed; told as a MediaError, and by a server as a limit."""
+
+
 def check_size(
     name: str,
     width: int,
@@ -313,7 +318,8 @@ def check_size(
     """Refuse sizes in pixels that are too small to hold a face or too large to work on.
 
     Raises:
-        MediaError: a side or the number of pixels is out of bounds.
+        MediaError: a side is too short.
+        TooLargeError: a side is too long, or there are too many pixels.
     """
     if min(width, height) < min_side:
         raise MediaError(
@@ -322,7 +328,7 @@ def check_size(
             "use a larger picture",
         )
     if max(width, height) > max_side or width * height > max_pixels:
-        raise MediaError(
+        raise TooLargeError(
             f"{name} is {width}x{height} pixels ({width * height / 1e6:.0f} megapixels)",
             f"expected at most {max_side} pixels on a side and {max_pixels / 1e6:g} megapixels",
             "scale it down first",
@@ -455,10 +461,8 @@ _quiet: list[int] = []  # the level to go back to, once for everyone who decodes
 @contextmanager
 def _quiet_opencv() -> Iterator[None]:
     """OpenCV prints decoding errors to stderr; the caller gets a MediaError instead. Several threads may decode at a time."""
-    get, put = getattr(cv2, "getLogLevel", None), getattr(cv2, "setLogLevel", None)
-    if get is None or put is None:
-        yield
-        return
+    # cv2.setLogLevel is not there in OpenCV 5
+    get, put = cv2.utils.logging.getLogLevel, cv2.utils.logging.setLogLevel
     with _quiet_lock:
         _quiet.append(_quiet[0] if _quiet else get())
         put(0)

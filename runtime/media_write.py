@@ -97,7 +97,7 @@ def check_output(path: str | Path, *, overwrite: bool = True) -> OutputKind:
     check_folder(path)
     if kind == "folder":
         _check_frames_folder(path, overwrite)
-    elif path.exists() and not overwrite:
+    elif os.path.exists(path) and not overwrite:
         raise OutputError(
             f"{path} exists", "expected a new name", "choose another output or allow overwriting"
         )
@@ -108,7 +108,8 @@ def check_output(path: str | Path, *, overwrite: bool = True) -> OutputKind:
 
 def _kind_of(path: str | Path) -> OutputKind:
     suffix = Path(path).suffix.lower()
-    if str(path).endswith(("/", os.sep)) or not suffix or Path(path).is_dir():
+    # os.path, unlike Path, does not raise for a name that is too long; creating the file then tells so
+    if str(path).endswith(("/", os.sep)) or not suffix or os.path.isdir(path):
         return "folder"
     if suffix in _VIDEO:
         return "video"
@@ -553,7 +554,7 @@ def _open_audio(path: Path, start: Fraction, out: av.container.OutputContainer, 
     try:
         if not source.streams.audio:
             source.close()
-            _log.info("%s has no sound", path.name)
+            _log.debug("%s has no sound", path.name)
             return None
         name = source.streams.audio[0].codec_context.name
         # FFmpeg names decoders and encoders here; mp3float and such decode the codec named first.

@@ -379,12 +379,16 @@ def open_socket(address: Address, option: str) -> socket.socket:
             opened.close()
         raise ConfigError(
             f"{option} {address} cannot be used: {error.strerror or error}",
-            *_REMEDIES.get(error.errno or 0, _OTHER),
+            *(_OTHER_FILE if address.path is not None else _REMEDIES.get(error.errno or 0, _OTHER)),
         ) from error
     return opened
 
 
 _OTHER: Final = ("expected an address of this machine", "lp-serve --help shows the forms of an address")
+_OTHER_FILE: Final = (
+    "expected an existing folder that can be written, and a name that is free or a socket that no server uses",
+    "create the folder, stop the other server, or choose another path",
+)
 _REMEDIES: Final = {
     errno.EADDRINUSE: (
         "expected a free port",

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from types import MappingProxyType
@@ -30,7 +31,15 @@ import numpy.typing as npt
 from lp_edge.errors import ConfigError, LimitError, MediaError, OutputError, ProtocolError
 from lp_edge.proto.v1 import common_pb2
 from lp_edge.runtime.checks import one_of, within
-from lp_edge.runtime.image import MAX_PIXELS, MIN_SIDE, check_size, encode_image, picture_header, read_image
+from lp_edge.runtime.image import (
+    MAX_PIXELS,
+    MIN_SIDE,
+    TooLargeError,
+    check_size,
+    encode_image,
+    picture_header,
+    read_image,
+)
 from lp_edge.runtime.server.wire import choice
 
 if TYPE_CHECKING:
@@ -47,6 +56,7 @@ __all__ = [
     "decode_picture",
     "encode_frame",
     "image_message",
+    "limiting_pixels",
     "output_settings",
 ]
 
@@ -90,6 +100,16 @@ _MAX_OUTPUT_SIDE = 8192
 # -- pictures that come in ------------------------------------------------------------------------------
 
 
+@contextmanager
+def limiting_pixels() -> Iterator[None]:
+    """Tell too many pixels as a limit of the server."""
+    try:
+        yield
+    except TooLargeError as error:
+        raise LimitError(error.got, f"{error.expected} (max_pixels)", error.remedy) from error
+
+
+@limiting_pixels()
 def decode_image(
     image: common_pb2.Image, limits: Limits, shared: SharedReader | None = None, *, min_side: int = MIN_SIDE
 ) -> U8:
@@ -105,7 +125,8 @@ def decode_image(
         uint8 ``[H, W, 3]`` RGB, C-contiguous, owned by the caller. EXIF orientation is applied, transparency laid over white.
 
     Raises:
-        MediaError: no picture, another format, animated, cut off or broken, too small or too large.
+        MediaError: no picture, another format, animated, cut off or broken, or too small.
+        LimitError: it has too many pixels.
         ProtocolError: nothing is set, an unknown pixel format, a wrong number of bytes, or shared memory that the stream
             does not have.
         ConfigError: what ``shared`` raises for a slot that does not exist.

@@ -37,7 +37,7 @@ def _bytes(text: str) -> int:
     """A number of bytes: 1000000, 512K, 64M, 2G, 1T (powers of 1024)."""
     read = re.fullmatch(r"([0-9]{1,15})([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if read is None:
-        raise click.BadParameter(f"{text!r} is not a number of bytes; expected for example 512M or 2G")
+        raise click.BadParameter(f"{text[:40]!r} is not a number of bytes; expected for example 512M or 2G")
     return int(read[1]) << {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[read[2].upper()]
 
 
@@ -227,7 +227,9 @@ Exit codes:
     "--log-level", type=click.Choice(log.LEVELS), default="info", help="What is logged; --verbose = debug."
 )
 @click.option(
-    "--check", is_flag=True, help="Check options, tokens and certificates, say what is remarkable, and exit."
+    "--check",
+    is_flag=True,
+    help="Check options, tokens and certificates (not networks), say what is remarkable, and exit.",
 )
 @common_options
 def serve(

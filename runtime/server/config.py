@@ -17,6 +17,7 @@ __all__ = ["MIN_TOKEN", "Address", "Limits", "ServerConfig", "TlsConfig", "check
 MIN_TOKEN: Final = 16
 """Characters that a token has at least."""
 
+_SHOWN: Final = 200  # characters of a wrong address that a message repeats
 _TOKEN: Final = re.compile(r"[!-~]+")  # what a header carries unchanged: printable ASCII without blanks
 
 
@@ -70,7 +71,7 @@ def parse_address(text: str, option: str = "listen") -> Address:
         # sockaddr_un has 108 bytes with the final zero.
         if not path.is_absolute() or path.name == "" or len(str(path).encode()) > 107:
             raise ConfigError(
-                f"{option} is {text!r}",
+                f"{option} is {text[:_SHOWN]!r}",
                 "expected unix: and an absolute path of at most 107 bytes",
                 "for example unix:/run/lp-serve/lp.sock",
             )
@@ -87,7 +88,7 @@ def parse_address(text: str, option: str = "listen") -> Address:
         bare = ""
     if not colon or not bare or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
         raise ConfigError(
-            f"{option} is {text!r}",
+            f"{option} is {text[:_SHOWN]!r}",
             "expected host:port, [IPv6]:port or unix:/path, ports from 0 to 65535",
             "for example 127.0.0.1:50051, or 0.0.0.0:50051 for all IPv4 addresses",
         )
@@ -117,15 +118,21 @@ def check_token(token: str, where: str) -> str:
 def _integer(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise ConfigError(
-            f"{name} is {value!r}", f"expected an integer from {low} to {high}", f"correct {name}"
+            f"{name} is {value!r}",
+            f"expected an integer from {low} to {high}",
+            "choose a value in that range",
         )
 
 
 def _seconds(name: str, value: object, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"{name} is {value!r}", "expected a number of seconds", f"correct {name}")
+        raise ConfigError(
+            f"{name} is {value!r}", f"expected {low:g} to {high:g} seconds", "choose a value in that range"
+        )
     if not low <= value <= high:
-        raise ConfigError(f"{name} is {value:g}", f"expected {low:g} to {high:g} seconds", f"correct {name}")
+        raise ConfigError(
+            f"{name} is {value:g}", f"expected {low:g} to {high:g} seconds", "choose a value in that range"
+        )
 
 
 _RANGES: Final = {

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from lp_edge.engines.backends import resolve_backend
 from lp_edge.engines.batching import BatchConfig, CallScope, DeviceWorker
 from lp_edge.engines.bundle import MANIFEST, open_bundle, sha256_file
-from lp_edge.errors import ConfigError, DeadlineError, LimitError, ServerUnavailable
+from lp_edge.errors import ConfigError, DeadlineError, Interrupted, LimitError, ServerUnavailable
 from lp_edge.runtime.animator import Animator
 from lp_edge.runtime.server.config import ServerConfig
 from lp_edge.runtime.server.log import StreamLog
@@ -58,10 +58,10 @@ class Device:
     def __init__(self, config: ServerConfig, index: int, metrics: Metrics) -> None:
         backend = resolve_backend(replace(config.backend, device=config.devices[index]))
         on_cpu = backend.backend == "cpu"
-        if on_cpu and len(config.devices) > 1:
+        if on_cpu and config.devices != (0,):
             raise ConfigError(
-                f"{len(config.devices)} devices, and no GPU works here",
-                "expected one: a CPU is one device",
+                f"devices {', '.join(map(str, config.devices))}, and no GPU works here",
+                "expected device 0: a CPU is one device",
                 "leave --device out, or name the GPUs' backend to see what is missing",
             )
         bundle = open_bundle(config.bundle)
@@ -237,7 +237,12 @@ class Core:
         self.metrics.stream_opened(kind)
         error: BaseException | None = None
         try:
-            yield stream
+            try:
+                yield stream
+            except Interrupted as caught:
+                if not stream.ended.is_set():
+                    raise
+                raise stopping() from caught  # the drain's deadline has cut its work short
         except BaseException as caught:
             error = caught
             raise
@@ -257,6 +262,8 @@ class Core:
         """
         limit = self.config.idle_timeout_s
         message: asyncio.Future[T | None] = asyncio.ensure_future(anext(requests, None))
+        # nobody may be there to ask for its error
+        message.add_done_callback(lambda done: done.cancelled() or done.exception())
         ended = asyncio.ensure_future(stream.ended.wait())
         try:
             waiting: set[asyncio.Future[Any]] = {message, ended}
@@ -282,6 +289,10 @@ class Core:
                 return fn(*args)
 
         return await _joined(self._steps.submit(run), stream.cancel)
+
+    async def step(self, fn: Callable[..., T], *args: object) -> T:
+        """Run a frame's work without networks in a thread, where it keeps no batch waiting; cancelling this waits for it."""
+        return await _joined(self._steps.submit(fn, *args))
 
     async def codec(self, fn: Callable[..., T], *args: object) -> T:
         """Run work without networks that no frame waits for (pictures to register, files) in one of a few threads.
@@ -324,8 +335,8 @@ class Core:
             await asyncio.sleep(0.02)
         left = list(self.streams.values())
         for stream in left:
-            stream.cancel()
             stream.ended.set()
+            stream.cancel()
         return not left
 
     def time_left(self) -> float:

@@ -22,8 +22,8 @@ import math
 import secrets
 import weakref
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
-from contextlib import ExitStack, aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -46,7 +46,6 @@ from lp_edge.errors import (
     LpEdgeError,
     NotFoundError,
     ProtocolError,
-    ServerUnavailable,
 )
 from lp_edge.proto.v1 import common_pb2
 from lp_edge.runtime.gestures import GESTURES
@@ -201,17 +200,6 @@ def _error_body(error: BaseException, where: str = "") -> tuple[int, dict[str, A
 def _error_answer(error: BaseException, where: str = "") -> JSONResponse:
     code, body, headers = _error_body(error, where)
     return JSONResponse(body, code, headers)
-
-
-@contextmanager
-def _ends_with_server(core: Core) -> Iterator[None]:
-    """What the end of a drain interrupts was not cancelled by the client."""
-    try:
-        yield
-    except Interrupted as error:
-        if core.drain_deadline is None:
-            raise
-        raise ServerUnavailable("the server stopped", "", "call again", retry_after_s=_RETRY_S) from error
 
 
 # -- connections -----------------------------------------------------------------------------------------------
@@ -584,7 +572,6 @@ async def _animate(core: Core, request: Request) -> AsyncGenerator[_Event, None]
         stream = stack.enter_context(
             core.open_stream("http", f"http:{host.host}:{host.port}" if host else "http:")
         )
-        stack.enter_context(_ends_with_server(core))
         picture = stack.enter_context(Upload(limits.max_message_bytes, "max_message_bytes"))
         driving = stack.enter_context(Upload(limits.max_upload_bytes))
         form = await _read_form(core, request, {"picture": picture, "driving": driving})
@@ -692,9 +679,8 @@ def create_app(core: Core, config: ServerConfig) -> FastAPI:
         redoc_url=None,
     )
     app.add_middleware(_Access, core=core, tokens=tokens)
-    guarded = (
-        [Depends(HTTPBearer(auto_error=False))] if tokens.required else []
-    )  # for OpenAPI; _Access checks
+    # for OpenAPI; _Access checks
+    guarded = [Depends(HTTPBearer(auto_error=False))] if tokens.required else []
 
     @app.exception_handler(LpEdgeError)
     async def told(request: Request, error: LpEdgeError) -> JSONResponse:
@@ -702,10 +688,14 @@ def create_app(core: Core, config: ServerConfig) -> FastAPI:
 
     @app.exception_handler(AnyHTTPException)
     async def unknown(request: Request, error: HTTPException) -> JSONResponse:
+        expected = (
+            "expected another method" if error.status_code == 405 else "expected a path of this interface"
+        )
         answer = _error_answer(
-            NotFoundError(f"{request.method} {request.url.path[:200]}", "", "see /openapi.json")
+            NotFoundError(f"{request.method} {request.url.path[:200]}", expected, "see /openapi.json")
         )
         answer.status_code = error.status_code
+        answer.headers.update(error.headers or {})  # 405 has Allow
         return answer
 
     @app.exception_handler(RequestValidationError)

@@ -66,6 +66,7 @@ from lp_edge.runtime.server.codec import (
     PictureEncoder,
     decode_image,
     encode_frame,
+    limiting_pixels,
     output_settings,
 )
 from lp_edge.runtime.server.config import Limits
@@ -217,12 +218,13 @@ async def file_chunks(core: Core, path: Path) -> AsyncGenerator[bytes, None]:
             yield data
 
 
+@limiting_pixels()
 def check_clip(path: Path, limits: Limits) -> Literal["image", "video"]:
     """Refuse an uploaded driver before it is decoded.
 
     Raises:
-        MediaError: it is neither a clip nor a JPEG, PNG or WebP, it is broken, or a frame has more than ``max_pixels``.
-        LimitError: a picture's file is larger than a message may be.
+        MediaError: it is neither a clip nor a JPEG, PNG or WebP, or it is broken.
+        LimitError: a frame has more than ``max_pixels``, or a picture's file is larger than a message may be.
     """
     kind = sniff_kind(path)
     if kind == "template":

@@ -50,7 +50,8 @@ _LOG = logging.getLogger("lp_edge")
 
 _SWITCH_S: Final = 0.0005
 """The loop's thread must not wait the usual 5 ms for a thread that runs Python code between two NumPy calls."""
-_PROBE_S: Final = 10.0  # how long a health check's message may take: it asks for no token
+_PROBE_S: Final = 10.0
+"""How long a health check's message, or the head of a connection's first HTTP request, may take: they ask for no token."""
 _GRACE_S: Final = 2.0
 """How long calls may take to end after they were cancelled, and threads after that."""
 _EXPIRE_S: Final = 5.0
@@ -402,6 +403,26 @@ def _http_app() -> tuple[Any, Any]:
     return uvicorn, create_app
 
 
+def _impatient() -> type:
+    """uvicorn's protocol, closing connections whose first request does not come: it waits without bound, and they fill its places."""
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Impatient(H11Protocol):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._patience = self.loop.call_later(_PROBE_S, self._give_up)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._patience.cancel()
+            super().connection_lost(exc)
+
+        def _give_up(self) -> None:
+            if self.cycle is None:
+                self.transport.close()
+
+    return Impatient
+
+
 class _Http:
     """The HTTP front in the loop of gRPC, without uvicorn's signal handlers and process handling."""
 
@@ -414,6 +435,7 @@ class _Http:
             access_log=False,
             lifespan="off",
             ws="none",
+            http=_impatient(),
             server_header=False,
             proxy_headers=False,
             limit_concurrency=config.limits.max_streams + 2 * _UNARY,
@@ -423,6 +445,9 @@ class _Http:
         settings.load()
         if certificates is not None and address.path is None:
             settings.ssl = certificates.ssl_context()
+        logging.getLogger("uvicorn.error").setLevel(
+            logging.ERROR
+        )  # a line for every refused request, without a token
         self._server = uvicorn.Server(settings)
         self._server.capture_signals = contextlib.nullcontext  # ours drain
         self._path = address.path

@@ -36,7 +36,7 @@ from lp_edge.runtime.image import encode_image
 from lp_edge.runtime.options import AnimateOptions
 from lp_edge.runtime.server import jobs
 from lp_edge.runtime.server.codec import decode_image
-from lp_edge.runtime.server.core import Core, Device, Stream, idle_error, stopping
+from lp_edge.runtime.server.core import Core, Device, Stream, idle_error
 from lp_edge.runtime.server.portraits import StoredPortrait
 from lp_edge.runtime.server.stream import AnimateCall
 from lp_edge.runtime.server.unary import Guarded, unparsable
@@ -56,6 +56,8 @@ T = TypeVar("T")
 Context = Any  # grpc.aio.ServicerContext has no types
 
 _THUMBNAIL, _THUMBNAIL_SIDES = 128, (16, 512)
+_QUESTIONS = 32
+"""Calls of the server's service that may wait for their message at a time."""
 _SETTLE_S = 10.0
 """How long the status of an ended stream waits for a client that does not read; then the stream is reset without one."""
 
@@ -67,10 +69,13 @@ def add_services(server: Any, core: Core) -> tuple[str, ...]:
         Their full names, for health and reflection.
     """
     config = core.config
-    guarded = Guarded(server, config.idle_timeout_s, most=config.limits.max_streams)
-    portraits_pb2_grpc.add_PortraitServiceServicer_to_server(_Portraits(core), guarded)
-    animation_pb2_grpc.add_AnimationServiceServicer_to_server(_Animation(core), guarded)
-    server_pb2_grpc.add_ServerServiceServicer_to_server(_Server(core), guarded)
+    # Each service has a count of its own: slow uploads of portraits keep nobody from asking for the server's state.
+    uploads, questions = (
+        Guarded(server, config.idle_timeout_s, most=most) for most in (config.limits.max_streams, _QUESTIONS)
+    )
+    portraits_pb2_grpc.add_PortraitServiceServicer_to_server(_Portraits(core), uploads)
+    animation_pb2_grpc.add_AnimationServiceServicer_to_server(_Animation(core), questions)
+    server_pb2_grpc.add_ServerServiceServicer_to_server(_Server(core), questions)
     files = (portraits_pb2, animation_pb2, server_pb2)
     return tuple(s.full_name for f in files for s in f.DESCRIPTOR.services_by_name.values())
 
@@ -138,11 +143,6 @@ async def _streaming(
                 await work(stream, answers)
             except DecodeError as error:
                 raise unparsable() from error
-            except Interrupted as error:
-                if answers.gone or core.drain_deadline is None:
-                    raise
-                # the drain's deadline has cut its work short
-                raise stopping() from error
         await answers.settle()  # a notice may be on its way
     except Exception as error:  # CancelledError is none
         if await answers.settle():  # its place is free already

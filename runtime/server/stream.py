@@ -3,7 +3,7 @@
 ::
 
     reader ─> inbox ─> [decode] ─> [read motion] ─> [draw] ─> [encode, write]      lossless: four stages at work at once
-    reader ─> newest ─> [decode, read motion, draw] ─> [encode, write]             live: one frame at a time
+    reader ─> newest ─> [decode, read motion, draw, encode, write]                 live: one frame at a time
 
 A stage is a task of the event loop that runs its work in a thread and hands the frame on through a queue of one place, so
 nothing runs far ahead of the client that takes the results. In lossless mode a full inbox stops the reading, and HTTP/2's
@@ -151,9 +151,8 @@ class AnimateCall:
         self._mapped = False
         self._slot_freed = asyncio.Event()
         self._inbox: list[_Item] = []
-        self._changed = (
-            asyncio.Event()
-        )  # something came into the inbox, or out of it, or the client has finished
+        # something came into the inbox, or out of it, or the client has finished
+        self._changed = asyncio.Event()
         self._finished = False
         self._starved = False
         self._options: common_pb2.AnimationOptions | None = None
@@ -313,9 +312,8 @@ class AnimateCall:
                 await self._take_in(request.frame)
             elif kind == "options":
                 self._options_of(request.options, self._stored[:1])  # a fault is told at once
-                self._options = (
-                    request.options
-                )  # the rest of the work is done once a frame, however many come
+                # the rest of the work is done once a frame, however many come
+                self._options = request.options
             elif kind == "set_neutral":
                 given = request.set_neutral
                 motion = motion_from_message(given.motion, self._space) if given.HasField("motion") else None
@@ -442,21 +440,20 @@ class AnimateCall:
 
         def work(item: _Item) -> None:
             self._decode(item)
-            self._read(item)
-            self._draw(item)
-            if (
-                item.drawn and self._results is None
-            ):  # one change of threads less; slots are the event loop's business
+            with self._stream.device.worker.scope(self._stream.scope):
+                self._read(item)
+                self._draw(item)
+            # One change of threads less; slots are the event loop's business.
+            if item.drawn and self._results is None:
                 item.pictures = self._encode(item, ())
 
         while True:
-            await (
-                self._slots_free()
-            )  # before the frame is chosen: what waits meanwhile may give way to a newer one
+            # before the frame is chosen: what waits meanwhile may give way to a newer one
+            await self._slots_free()
             item = await self._next()
             if item is None:
                 return
-            await self._core.compute(self._stream, work, item)
+            await self._core.step(work, item)
             await self._deliver(item)
 
     async def _stage(
@@ -535,7 +532,7 @@ class AnimateCall:
             return
         if item.drawn and not item.pictures:
             slots = await self._take_slots(item)
-            item.pictures = await self._core.compute(self._stream, self._encode, item, slots)
+            item.pictures = await self._core.step(self._encode, item, slots)
         frame = animation_pb2.AnimatedFrame(
             pictures=item.pictures,
             sequence=item.message.sequence,

@@ -201,7 +201,7 @@ async def failure_of(work: Any) -> tuple[grpc.StatusCode, common_pb2.ErrorDetail
     try:
         await work
     except grpc.aio.AioRpcError as error:
-        values = dict(error.trailing_metadata())
+        values = {k: v for k, v in error.trailing_metadata() or ()}
         detail = common_pb2.ErrorDetail()
         detail.ParseFromString(values.get(ERROR_METADATA, b""))
         return error.code(), detail

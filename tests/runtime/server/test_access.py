@@ -239,9 +239,8 @@ def test_all_kinds_of_calls_need_the_token() -> None:
                     with pytest.raises(grpc.aio.AioRpcError) as error:
                         await _call(channel, method, metadata)
                     assert error.value.code() is grpc.StatusCode.UNAUTHENTICATED
-                    detail = common_pb2.ErrorDetail.FromString(
-                        dict(error.value.trailing_metadata())["lp-edge-error-bin"]
-                    )
+                    values = {k: v for k, v in error.value.trailing_metadata() or ()}
+                    detail = common_pb2.ErrorDetail.FromString(values["lp-edge-error-bin"])
                     assert detail.type == "AccessError"
                     assert detail.remedy
             assert len(refused) == 15

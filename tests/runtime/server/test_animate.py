@@ -753,7 +753,7 @@ SHM_FAULTS: dict[str, tuple[str, Callable[[Call], Any]]] = {
         "MediaError",
         _after_mapping(lambda c: c.frame(in_slot(0, 241, 200))),
     ),
-    "a huge picture": ("MediaError", _after_mapping(lambda c: c.frame(in_slot(0, 2**32 - 1, 2**32 - 1)))),
+    "a huge picture": ("LimitError", _after_mapping(lambda c: c.frame(in_slot(0, 2**32 - 1, 2**32 - 1)))),
     "a tiny picture": ("MediaError", _after_mapping(lambda c: c.frame(in_slot(0, 15, 200)))),
     "an unknown pixel format": (
         "ProtocolError",
@@ -775,7 +775,8 @@ def test_misuse_of_shared_memory_ends_the_stream(serve: Serve, fault: str) -> No
             call = await server.animate(mode=LOSSLESS, output=SHARED, shared_memory=asking(2, 2))
             await play(call)
             code, detail = await call.failure()
-            assert (code, detail.type) == (Code.INVALID_ARGUMENT, kind), detail
+            expected = Code.RESOURCE_EXHAUSTED if kind == "LimitError" else Code.INVALID_ARGUMENT
+            assert (code, detail.type) == (expected, kind), detail
             assert segments() == set()
             await server.idle()
 
@@ -1035,7 +1036,7 @@ class Flood:
             with pytest.raises(grpc.RpcError) as caught:
                 for _ in call:
                     pass
-        metadata = dict(caught.value.trailing_metadata())
+        metadata = {k: v for k, v in caught.value.trailing_metadata() or ()}
         return caught.value.code(), common_pb2.ErrorDetail.FromString(metadata.get("lp-edge-error-bin", b""))
 
     async def failure(self) -> tuple[Code, common_pb2.ErrorDetail]:
@@ -1118,7 +1119,7 @@ def test_streams_beyond_the_limit_are_refused_with_advice(serve: Serve) -> None:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await third._drain()
             assert caught.value.code() == Code.RESOURCE_EXHAUSTED
-            metadata = dict(caught.value.trailing_metadata())
+            metadata = {k: v for k, v in caught.value.trailing_metadata() or ()}
             detail = common_pb2.ErrorDetail.FromString(metadata["lp-edge-error-bin"])
             assert detail.type == "LimitError"
             assert detail.retry_after_ms == int(metadata["grpc-retry-pushback-ms"]) > 0

@@ -419,7 +419,7 @@ def test_admission_is_that_of_grpc(make_core: Callable[..., Core]) -> None:
 def test_pictures_are_bounded_in_pixels(make_core: Callable[..., Core]) -> None:
     core = make_core(max_pixels=4096)
     response = animate(core, {"template": "nod"}, picture=png())
-    assert (response.status_code, error_of(response)["type"]) == (400, "MediaError")
+    assert (response.status_code, error_of(response)["type"]) == (413, "LimitError")
 
 
 def test_nothing_else_is_answered(core: Core) -> None:

@@ -103,7 +103,7 @@ def send(channel: grpc.Channel, case: Case) -> Outcome:
                 call.cancel()
         return Outcome(call.code(), answers=answers, seconds=time.monotonic() - began)
     except grpc.RpcError as failed:
-        metadata = dict(failed.trailing_metadata() or ())
+        metadata = {k: v for k, v in failed.trailing_metadata() or ()}
         detail = common_pb2.ErrorDetail.FromString(metadata.get("lp-edge-error-bin", b""))
         return Outcome(failed.code(), failed.details() or "", detail, answers, time.monotonic() - began)
     finally:
