@@ -11,7 +11,7 @@ from typing import Final
 
 import numpy as np
 
-from lp_edge.engines import ort
+from lp_edge.engines import ort, trt_build
 from lp_edge.engines.runner import Runner, to_host
 from lp_edge.errors import BackendUnavailable, ConfigError, LpEdgeError
 
@@ -121,6 +121,12 @@ def _ort_backend(provider: str, title: str, rank: int | None) -> Backend:
     return Backend(entry.backend, title, rank, entry.remedy, make)
 
 
+def _tensorrt(model: Path | bytes, config: BackendConfig, name: str) -> Runner:
+    from lp_edge.engines.tensorrt import open_backend  # it reads bundles, whose module imports this one
+
+    return open_backend(model, config, name)
+
+
 # Filled at import; a further backend adds an entry here and nothing above this module changes.
 # TensorRT compiles every network for minutes before its first frame, so auto never picks it unasked.
 BACKENDS: Final[dict[str, Backend]] = {
@@ -128,6 +134,7 @@ BACKENDS: Final[dict[str, Backend]] = {
     for backend in (
         _ort_backend(ort.CPU, "ONNX Runtime on the CPU", 100),
         _ort_backend(ort.CUDA, "ONNX Runtime with CUDA and cuDNN", 10),
+        Backend("tensorrt", "TensorRT", None, trt_build.REMEDY, _tensorrt),
         _ort_backend(ort.TENSORRT, "ONNX Runtime with TensorRT", None),
         _ort_backend(ort.TENSORRT_RTX, "ONNX Runtime with TensorRT-RTX", None),
     )

@@ -45,11 +45,14 @@ __all__ = [
     "Manifest",
     "NetworkEntry",
     "builtin_directory",
+    "key_json",
     "load_manifest",
     "open_bundle",
     "save_manifest",
     "sha256_file",
+    "sync_directory",
     "write_bundle",
+    "write_synced",
 ]
 
 SCHEMA_VERSION: Final = 1
@@ -143,7 +146,7 @@ class EngineKey:
 
     def key(self) -> str:
         """SHA-256 over all fields, the same on every machine and in every run."""
-        text = json.dumps(_key_json(self), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        text = json.dumps(key_json(self), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
@@ -218,7 +221,8 @@ def _file_json(entry: FileEntry | NetworkEntry | EngineEntry) -> dict[str, Any]:
     return {"file": entry.file, "sha256": entry.sha256, "size": entry.size}
 
 
-def _key_json(key: EngineKey) -> dict[str, Any]:
+def key_json(key: EngineKey) -> dict[str, Any]:
+    """An engine's key as the manifest writes it."""
     return {
         "onnx_sha256": key.onnx_sha256,
         "tensorrt": key.tensorrt,
@@ -255,9 +259,7 @@ def _manifest_json(m: Manifest) -> dict[str, Any]:
         "files": {name: _file_json(entry) for name, entry in m.files.items()},
         "checkpoints": [{"name": c.name, "sha256": c.sha256, "licence": c.licence} for c in m.checkpoints],
         "regions": {name: list(indices) for name, indices in m.regions.items()},
-        "engines": [
-            {"network": e.network, **_file_json(e), "key": _key_json(e.built_for)} for e in m.engines
-        ],
+        "engines": [{"network": e.network, **_file_json(e), "key": key_json(e.built_for)} for e in m.engines],
     }
 
 
@@ -526,9 +528,9 @@ def save_manifest(path: Path, manifest: Manifest) -> None:
     data = _encode(manifest, str(path))
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        _write(beside, data)
+        write_synced(beside, data)
         os.replace(beside, path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except OSError as error:
         raise BundleError(
             f"{path} cannot be written ({error})", "", "free space or choose another folder"
@@ -723,14 +725,16 @@ def open_bundle(path: Path | None = None) -> Bundle:
 # -- writing a bundle -------------------------------------------------------------------------------
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a new file and wait until the disk has it. Raises OSError, also where there is a file of that name."""
     with path.open("xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Wait until the disk has a folder's new names. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -746,7 +750,7 @@ def _sync_tree(root: Path) -> None:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-        _sync_directory(Path(folder))
+        sync_directory(Path(folder))
 
 
 @contextlib.contextmanager
@@ -1055,12 +1059,12 @@ class _Stage:
         _verify(self.path, manifest, _CALLER)
         away = self._target.with_name(f".{self._target.name}.old-{secrets.token_hex(6)}")
         try:
-            _write(self.path / MANIFEST, data)
+            write_synced(self.path / MANIFEST, data)
             _sync_tree(self.path)
             with _locked(self._target.parent):
                 self._refuse_foreign()
                 self._swap(away)
-                _sync_directory(self._target.parent)
+                sync_directory(self._target.parent)
                 shutil.rmtree(away, ignore_errors=True)
         except OSError as error:
             raise self._failed(error) from error

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-__all__ = ["external_files", "is_beside"]
+__all__ = ["external_files", "is_beside", "varint"]
 
 # Messages of onnx.proto on the way to tensors: message -> field -> message in it.
 _MESSAGES: Final[Mapping[str, Mapping[int, str]]] = {
@@ -80,12 +80,12 @@ def _walk(data: bytes | mmap.mmap, start: int, end: int, message: str, found: se
 def _fields(data: bytes | mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int]]:
     """Number, begin and end of the fields that hold bytes; IndexError when the message is cut off."""
     while at < end:
-        tag, at = _varint(data, at)
+        tag, at = varint(data, at)
         kind = tag & 7
         if kind == 0:
-            _, at = _varint(data, at)
+            _, at = varint(data, at)
         elif kind == _BYTES:
-            size, at = _varint(data, at)
+            size, at = varint(data, at)
             if at + size > end:
                 raise IndexError(at)
             yield tag >> 3, at, at + size
@@ -97,7 +97,8 @@ def _fields(data: bytes | mmap.mmap, at: int, end: int) -> Iterator[tuple[int, i
             raise IndexError(at)
 
 
-def _varint(data: bytes | mmap.mmap, at: int) -> tuple[int, int]:
+def varint(data: bytes | mmap.mmap, at: int) -> tuple[int, int]:
+    """A number of Protocol Buffers' variable length at ``at``, and where it ends."""
     value = shift = 0
     while True:
         byte = data[at]

@@ -103,10 +103,10 @@ PROVIDERS: Final[Mapping[str, Provider]] = {
         ),
         Provider(
             TENSORRT,
-            "tensorrt",
+            "ort-tensorrt",
             "libonnxruntime_providers_tensorrt.so",
             f"{_GPU_BUILD}, and the CUDA and TensorRT libraries that it was built for; {_ON_JETSON}; or use --backend "
-            "cuda or cpu",
+            "tensorrt, cuda or cpu",
         ),
         Provider(
             TENSORRT_RTX,

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import numpy as np
 
-from lp_edge.errors import LpEdgeError, NotFoundError
+from lp_edge.errors import LpEdgeError, NotFoundError, ServerUnavailable
 from lp_edge.proto.v1 import (
     animation_pb2,
     animation_pb2_grpc,
@@ -29,6 +29,9 @@ from lp_edge.runtime.shared_frames import FrameLayout, SharedFrames
 
 SECONDS = 30.0
 """What anything may take on a busy machine; nothing here waits so long when all is well."""
+
+WAITS = ("pause", "start", "restore")
+"""What a client may wait for while it reconnects; see :meth:`Fake.breaks`."""
 
 Response = animation_pb2.AnimateResponse
 
@@ -52,6 +55,8 @@ class Fake:
         streams: configurations of the Animate calls.
         gate: answers wait while it is clear.
         reading: messages after the configuration are read while it is set.
+        lost: frames that are neither answered nor told as skipped.
+        undecodable: frames that are told as skipped because of their picture.
         break_after: the stream ends with the error after so many answers.
         shares: whether shared memory is given.
         taken: highest results_taken that came.
@@ -73,6 +78,8 @@ class Fake:
         self.reading.set()
         self.break_after: tuple[int, LpEdgeError] | None = None
         self.drain_after: int | None = None
+        self.lost: set[int] = set()
+        self.undecodable: set[int] = set()
         self.shares: bool | LpEdgeError = True
         self.shared_bytes = 1 << 26
         self.taken = 0
@@ -91,6 +98,26 @@ class Fake:
         if error is not None:
             fail(context, error)
         self.hold_calls.wait(SECONDS)
+
+    def breaks(self, stream: Any, when: str) -> Callable[[], bool]:
+        """Break an open stream at its next frame, and keep the client waiting while it reconnects.
+
+        Args:
+            stream: of either client.
+            when: one of ``WAITS``: in the pause before the next try, for the start of the next stream, or for a server that is
+                to get the portraits again.
+
+        Returns:
+            Whether the client is there.
+        """
+        self.break_after = (0, ServerUnavailable("gone", retry_after_s=50.0 if when == "pause" else 0.01))
+        if when == "start":
+            self.hold_calls.clear()
+        if when == "restore":
+            self.errors = [NotFoundError("no portrait"), ServerUnavailable("gone", retry_after_s=50.0)]
+        before = len(self.calls)
+        calls = {"pause": [], "start": ["animate"], "restore": ["animate", "list"]}[when]
+        return lambda: stream._broken and self.calls[before:] == calls
 
 
 def fail(context: Any, error: LpEdgeError) -> None:
@@ -235,6 +262,12 @@ class _Animation(animation_pb2_grpc.AnimationServiceServicer):
                 error, fake.break_after = fake.break_after[1], None
                 fake.broken.set()
                 fail(context, error)
+            if frame.sequence in fake.lost:
+                continue
+            if frame.sequence in fake.undecodable:
+                notice = animation_pb2.FrameSkipped(sequence=frame.sequence, reason=2)
+                yield Response(skipped=notice, driving_taken=frame.sequence)
+                continue
             if fake.drain_after is not None and answered >= fake.drain_after:
                 fake.drain_after = None
                 yield Response(draining=animation_pb2.Draining(deadline_ms=1500))

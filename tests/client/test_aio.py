@@ -26,7 +26,7 @@ from lp_edge.errors import (
     ServerUnavailable,
 )
 from lp_edge.runtime.options import AnimateOptions
-from lp_edge.tests.client.fake import SECONDS, Fake, fake_server, picture
+from lp_edge.tests.client.fake import SECONDS, WAITS, Fake, fake_server, picture
 
 GONE = ServerUnavailable("the server restarts", "", "", retry_after_s=0.01)
 
@@ -245,6 +245,51 @@ def test_errors_end_the_stream(fake: Fake) -> None:
                 await stream.send(picture())
                 with pytest.raises(ServerUnavailable):
                     await stream.receive(SECONDS)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("when", WAITS)
+def test_an_error_of_the_frames_while_it_reconnects(fake: Fake, when: str) -> None:
+    """The consumer learns of it at once, not when a stream ends to which nobody sends any more."""
+
+    async def scenario() -> None:
+        async with connect(fake, reconnect_timeout_s=5000) as client:
+            portrait = await client.register(picture())
+            stream = await client.animate(portrait, mode="lossless", shared_memory=False)
+            there = fake.breaks(stream, when)
+
+            async def frames() -> AsyncIterator[Any]:
+                yield picture()
+                while not there():
+                    await asyncio.sleep(0.01)
+                raise ZeroDivisionError("the camera broke")
+
+            async def consume() -> None:
+                async for _ in stream.drive(frames()):
+                    pass
+
+            with pytest.raises(ZeroDivisionError, match="the camera broke"):
+                await asyncio.wait_for(consume(), SECONDS / 3)
+            assert stream.reconnects == 0
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("when", WAITS)
+def test_closing_while_it_reconnects(fake: Fake, when: str) -> None:
+    async def scenario() -> None:
+        async with connect(fake, reconnect_timeout_s=5000) as client:
+            portrait = await client.register(picture())
+            streams = [await client.animate(portrait, mode="lossless", shared_memory=False) for _ in range(2)]
+            there = fake.breaks(streams[0], when)
+            await streams[0].send(picture())
+            while not there():
+                await asyncio.sleep(0.01)
+            start = time.monotonic()
+            await client.close()
+            assert time.monotonic() - start < 3
+            assert [await s.receive(SECONDS) for s in streams] == [None, None]
 
     run(scenario())
 

@@ -60,6 +60,9 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with open_writer(folder / "in" / "drive.mp4", (240, 200), Fraction(25)) as writer:
         for i in range(12):
             writer.write(face(90 + 2 * i))
+    with open_writer(folder / "in" / "still.mp4", (240, 200), Fraction(25)) as writer:
+        for _ in range(5):
+            writer.write(np.zeros_like(face()))
     monkeypatch.chdir(folder)
     monkeypatch.delenv(command.TOKEN_VARIABLE, raising=False)
     return folder
@@ -209,6 +212,12 @@ def test_render(call: Call, work: Path) -> None:
         (("render", "-p", "in/face.png", "-d", "sneeze"), 3, "sneeze"),
         (("info", "--token-file", "none"), 2, "none"),
         (("info", "--tls-cert", "in/face.png"), 2, "key"),
+        (("info", "--reconnect", "-1"), 2, "reconnect"),
+        (("animate", "-p", "in/face.png", "-d", "in/still.mp4"), 4, "no face in any of the 5 frames"),
+        (("animate", "-p", "in/face.png", "-d", "camera:x"), 2, "camera:x"),
+        (("animate", "-p", "in/face.png", "-d", "nod", "--crf", "99"), 2, "crf"),
+        (("animate", "-p", "in/face.png", "-d", "nod", "--fps", "nan"), 2, "fps"),
+        (("render", "-p", "in/face.png", "-d", "nod", "-o", "a.webm"), 2, ".mp4"),
     ],
 )
 def test_wrong_input(call: Call, work: Path, args: tuple[str, ...], code: int, text: str) -> None:
@@ -216,6 +225,24 @@ def test_wrong_input(call: Call, work: Path, args: tuple[str, ...], code: int, t
     got, out, err = call(*args)
     assert got == code and text in (err or out) and "Traceback" not in err
     assert names(work) == before
+
+
+@pytest.mark.parametrize(
+    "target", ["localhost", "127.0.0.1:99999", "http://127.0.0.1:50051", "::1:50051", ""]
+)
+def test_targets_that_are_none(call: Call, target: str) -> None:
+    code, _, err = call("info", f"--target={target}", at=None)
+    assert code == 2 and "expected host:port" in err
+
+
+def test_a_full_device(server: Any, work: Path) -> None:
+    args = ("animate", "-p", "in/face.png", "-d", "in/drive.mp4", "-o", "-", "--target", server.ready["grpc"])
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", "from lp_edge.client.command import client; client()", *args],
+            stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert done.returncode == 8 and "standard output cannot be written" in done.stderr
 
 
 def test_nobody_listens(call: Call) -> None:

@@ -389,17 +389,32 @@ def test_tls(lp_serve: Callable[..., Any], pki: Any) -> None:
         target, tls=TlsFiles(authority.certificate, mine.certificate, mine.key, "localhost")
     ) as client:
         assert client.info().family == "mesh"
-    for tls in (
-        TlsFiles(authority.certificate),
-        TlsFiles(stranger.certificate, mine.certificate, mine.key),
-        None,
-    ):
-        with Client(target, tls=tls, reconnect=False, timeout_s=SECONDS) as client:
-            with pytest.raises(ServerUnavailable) as error:
+    wrong = (
+        (target, TlsFiles(authority.certificate), ServerUnavailable, ""),
+        (target, None, ServerUnavailable, "certificate authority"),
+        (
+            target,
+            TlsFiles(stranger.certificate, mine.certificate, mine.key),
+            AccessError,
+            "authority that signed",
+        ),
+        (
+            target,
+            TlsFiles(authority.certificate, mine.certificate, mine.key, "other.name"),
+            AccessError,
+            "--tls-name",
+        ),
+        (lp_serve().ready["grpc"], good, ServerUnavailable, "leave TLS out"),
+    )
+    for where, tls, kind, remedy in wrong:
+        with Client(where, tls=tls, reconnect=kind is AccessError, timeout_s=SECONDS) as client:
+            with pytest.raises(kind) as error:
                 client.info()
-        assert "certificate authority" in error.value.remedy
+        assert remedy in error.value.remedy
     with pytest.raises(ConfigError, match="cannot be read"):
         Client(target, tls=TlsFiles(own.certificate.with_suffix(".none")))
+    with pytest.raises(ConfigError, match="no PEM file"):
+        Client(target, tls=TlsFiles(Path(__file__).with_name("conftest.py")))
     with pytest.raises(ConfigError, match="without key"):
         TlsFiles(certificate=own.certificate)
 

@@ -31,7 +31,7 @@ from lp_edge.runtime.geometry import rotation_from_euler
 from lp_edge.runtime.image import encode_image, read_image
 from lp_edge.runtime.motion import Motion
 from lp_edge.runtime.options import AnimateOptions
-from lp_edge.tests.client.fake import SECONDS, Fake, fake_server, picture, until
+from lp_edge.tests.client.fake import SECONDS, WAITS, Fake, fake_server, picture, until
 
 GONE = ServerUnavailable("the server restarts", "", "", retry_after_s=0.01)
 
@@ -174,6 +174,34 @@ def test_token(fake: Fake) -> None:
     Client("10.1.2.3:50051", token="secret-token", insecure=True).close()
     with pytest.raises(ConfigError):
         Client(token="bad\ntoken")
+
+
+def test_the_server_permits_the_fastest_keepalive(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for a ping that comes a little early: after two that are too early the server ends the connection."""
+    pytest.importorskip("grpc_health")
+    pytest.importorskip("prometheus_client")
+    from lp_edge.runtime.server import main
+    from lp_edge.runtime.server.access import Tokens
+    from lp_edge.runtime.server.config import ServerConfig
+
+    class Seen(Exception):
+        pass
+
+    options: dict[str, Any] = {}
+
+    def server(**kinds: Any) -> None:
+        options.update(kinds["options"])
+        raise Seen
+
+    monkeypatch.setattr(main.grpc.aio, "server", server)
+    config = ServerConfig(listen="127.0.0.1:0", bundle=tmp_path)
+    with pytest.raises(Seen):
+        main._grpc_server(config, None, None, Tokens.of(config), None)  # type: ignore[arg-type]
+    with Client(keepalive_s=5.0) as client:
+        interval = dict(client.settings.options)["grpc.keepalive_time_ms"]
+    assert interval - options["grpc.http2.min_ping_interval_without_data_ms"] >= 500
+    with pytest.raises(ConfigError, match="keepalive_s"):
+        Client(keepalive_s=4.9)
 
 
 # -- frames -------------------------------------------------------------------------------------------------
@@ -333,6 +361,45 @@ def test_options_and_neutral_belong_to_the_next_frame(fake: Fake) -> None:
                 stream.set_options(AnimateOptions(size=256))
     assert fake.options == [0.5, 2.0, 2.0] and fake.neutral == [False, False, True]
     assert fake.messages == ["frame", "options", "frame", "set_neutral", "frame"]
+
+
+@pytest.mark.parametrize("last", ["answered", "undecodable"])
+def test_notices_that_got_lost_do_not_keep_a_stream(fake: Fake, last: str) -> None:
+    """The server keeps the newest notices of skipped frames only; whatever is told in order covers them."""
+    fake.lost = {2, 3}
+    fake.undecodable = {4} if last == "undecodable" else set()
+    with connect(fake) as client:
+        with client.animate(client.register(picture()), shared_memory=True, driving_size=(64, 48)) as stream:
+            stream.send(picture())
+            assert stream.receive(SECONDS) is not None
+            for number in (2, 3, 4):
+                stream.send(picture())
+                until(lambda n=number: n in fake.frames, "the frame is read")
+            stream.finish()
+            rest = []
+            while (frame := stream.receive(SECONDS / 3)) is not None:
+                rest.append(frame.sequence)
+            assert rest == ([4] if last == "answered" else [])
+            assert not stream._session._sent and not stream._session._departed, "nothing is kept of them"
+
+
+def test_a_notice_may_come_before_an_older_answer(fake: Fake) -> None:
+    """A frame gives way while an older one is drawn, whose result needs a slot, and a side to free it from."""
+    fake.gate.clear()
+    with connect(fake) as client:
+        with client.animate(client.register(picture()), shared_memory=True, driving_size=(64, 48)) as stream:
+            for number in (1, 2):
+                stream.send(picture())
+                until(lambda n=number: len(stream._session._sent) == n, "the frame is sent")
+            stream.finish()
+            with stream._changed:
+                notice = animation_pb2.FrameSkipped(sequence=2, reason=1)
+                stream._session.answer(animation_pb2.AnimateResponse(skipped=notice))
+                assert [e.frame.sequence for e in stream._session._sent] == [1]
+                assert not stream._session.exhausted
+            fake.gate.set()
+            frame = stream.receive(SECONDS)
+            assert frame is not None and frame.sequence == 1 and frame.round_trip is not None
 
 
 def test_what_a_dropped_frame_asked_for_still_holds(fake: Fake) -> None:
@@ -615,6 +682,54 @@ def test_a_full_server_is_waited_for(fake: Fake) -> None:
             stream.send(picture())
             assert stream.receive(SECONDS) is not None
             assert stream.reconnects == 1 and stream.transport == "shared memory"
+
+
+@pytest.mark.parametrize("when", WAITS)
+def test_an_error_of_the_frames_while_it_reconnects(fake: Fake, when: str) -> None:
+    """The consumer learns of it at once, not when a stream ends to which nobody sends any more."""
+    with connect(fake, reconnect_timeout_s=5000) as client:
+        stream = client.animate(client.register(picture()), mode="lossless", shared_memory=False)
+        there = fake.breaks(stream, when)
+        ends: list[str] = []
+
+        def frames() -> Iterator[np.ndarray]:
+            yield picture()
+            until(there, "it reconnects")
+            raise ZeroDivisionError("the camera broke")
+
+        def consume() -> None:
+            try:
+                list(stream.drive(frames()))
+            except ZeroDivisionError as error:
+                ends.append(str(error))
+
+        consumer = threading.Thread(target=consume)
+        consumer.start()
+        consumer.join(SECONDS / 3)
+        assert ends == ["the camera broke"] and stream.reconnects == 0
+
+
+@pytest.mark.parametrize("when", WAITS)
+def test_closing_while_it_reconnects(fake: Fake, when: str) -> None:
+    with connect(fake, reconnect_timeout_s=5000) as client:
+        stream = client.animate(client.register(picture()), mode="lossless", shared_memory=False)
+        there = fake.breaks(stream, when)
+        stream.send(picture())
+        until(there, "it reconnects")
+        start = time.monotonic()
+        stream.close()
+        assert time.monotonic() - start < 3 and stream.receive(SECONDS) is None
+
+
+def test_portraits_that_cannot_be_registered_again_at_once(fake: Fake) -> None:
+    """A server that was started again and goes away once more: the stream goes on all the same."""
+    with connect(fake) as client:
+        with client.animate(client.register(picture()), mode="lossless", shared_memory=False) as stream:
+            fake.break_after = (0, GONE)
+            fake.errors = [NotFoundError("no portrait"), GONE, NotFoundError("no portrait"), GONE]
+            stream.send(picture())
+            assert stream.receive(SECONDS) is not None and stream.reconnects == 1
+            assert fake.calls[-5:] == ["animate", "list", "animate", "list", "animate"]
 
 
 def test_several_streams_register_a_portrait_once(fake: Fake) -> None:

@@ -65,7 +65,7 @@ def test_probe_sums_are_those_of_a_convolution_with_ones() -> None:
 
 def test_cpu_works_here() -> None:
     status = {s.name: s for s in available_backends()}
-    assert list(status) == list(BACKENDS) == ["cpu", "cuda", "tensorrt", "tensorrt-rtx"]
+    assert list(status) == list(BACKENDS) == ["cpu", "cuda", "tensorrt", "ort-tensorrt", "tensorrt-rtx"]
     assert status["cpu"].works and not status["cpu"].remedy
     for name, entry in status.items():
         assert entry.detail

@@ -375,7 +375,7 @@ def test_any_damage_is_a_bundle_error(_toy_bundle_once: Path, tmp_path: Path, da
     value = json.loads((_toy_bundle_once / "manifest.json").read_text())
     value["checkpoints"] = [{"name": "x", "sha256": HEX, "licence": "MIT"}]
     value["engines"] = [
-        {"network": "face_mesh", "file": "e", "sha256": HEX, "size": 1, "key": bundle._key_json(KEY)}
+        {"network": "face_mesh", "file": "e", "sha256": HEX, "size": 1, "key": bundle.key_json(KEY)}
     ]
     node: Any = value
     while True:

@@ -180,7 +180,7 @@ def test_tensorrt_leaves_single_operators_to_cuda(monkeypatch: pytest.MonkeyPatc
         monkeypatch, got=(ort.TENSORRT, ort.CUDA, ort.CPU), assigned=(ort.TENSORRT, ort.CPU)
     )
     with ort.OrtRunner(b"model", ort.TENSORRT) as runner:
-        assert runner.backend == "tensorrt"
+        assert runner.backend == "ort-tensorrt"
     assert [name for name, _ in session.asked] == [ort.TENSORRT, ort.CUDA, ort.CPU]
 
 

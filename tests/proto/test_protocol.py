@@ -136,7 +136,7 @@ def refusal(server: Server, *messages: Any) -> tuple[str, str]:
 
 
 def told(error: Any) -> tuple[str, str]:
-    metadata = dict(error.trailing_metadata())
+    metadata = {k: v for k, v in error.trailing_metadata() or ()}
     detail = common_pb2.ErrorDetail.FromString(metadata.get("lp-edge-error-bin", b""))
     assert bool(detail.got) == bool(detail.type)
     return error.code().name, detail.type

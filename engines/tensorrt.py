@@ -1,0 +1,785 @@
+"""TensorRT as a backend: engines are built once for this GPU, kept, and run with CUDA graphs.
+
+A first call may take minutes, because TensorRT measures its kernels on the GPU; :func:`build_bundle_engines` does it ahead of
+time. Precision is decided in the graph (:mod:`lp_edge.engines.trt_build`); where engines are kept and when they are built
+again is in :mod:`lp_edge.engines.trt_cache`.
+
+``tensorrt`` and CUDA are imported when the first engine is opened.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from lp_edge.engines.backends import BackendConfig
+from lp_edge.engines.bundle import MANIFEST, EngineEntry, EngineKey, open_bundle, save_manifest, sha256_file
+from lp_edge.engines.cuda import Cuda, CudaEvent, CudaGraph, CudaStream, DeviceBuffer, PinnedBuffer, open_cuda
+from lp_edge.engines.device import DeviceArray, device_array
+from lp_edge.engines.runner import Array, Runner, TensorSpec, to_host
+from lp_edge.engines.trt_build import (
+    BuildProgress,
+    Cancelled,
+    Errors,
+    Profile,
+    Progress,
+    TensorRtConfig,
+    build_engine,
+    flags_of,
+    import_tensorrt,
+    logger_of,
+    profile_of,
+    unavailable,
+)
+from lp_edge.engines.trt_cache import EngineCache, cache_folders, digest_of
+from lp_edge.engines.trt_graph import Graph, read_graph
+from lp_edge.errors import EngineError, LimitError, LpEdgeError, TensorError
+
+__all__ = [
+    "TensorRtConfig",
+    "TensorRtRunner",
+    "build_bundle_engines",
+    "open_backend",
+    "open_engine",
+]
+
+_LOG = logging.getLogger("lp_edge")
+
+_GIB: Final = 1 << 30
+_TELL_S: Final = 10.0
+_Memory = TypeVar("_Memory", DeviceBuffer, PinnedBuffer)
+
+_ALIGNMENT: Final = 256  # of every address, says TensorRT's IExecutionContext
+_CONTEXTS: Final = 8  # contexts, and so recorded graphs, per engine: one per slot and set of shapes
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """An engine ready to run, with all that must live as long."""
+
+    trt: Any
+    runtime: Any
+    engine: Any
+    errors: Errors
+    graph: Graph
+    key: EngineKey
+    path: Path
+
+
+def default_max_batch(total_memory: int) -> int:
+    """Largest batch for a card with so many bytes: 4 below 12 GiB, else 8."""
+    return 4 if total_memory < 12 * _GIB else 8
+
+
+def open_engine(
+    model: Path | bytes,
+    *,
+    cuda: Cuda,
+    config: TensorRtConfig | None = None,
+    cache_dir: Path | None = None,
+    name: str = "",
+    device_outputs: bool = False,
+    progress: Progress | None = None,
+    cancelled: Cancelled | None = None,
+    own_cuda: bool = False,
+    trt: Any = None,
+) -> TensorRtRunner:
+    """A runner for a network; its engine is read from the cache, or built and kept there.
+
+    Args:
+        model: path of an ONNX file or its bytes.
+        cuda: the device; it must outlive the runner.
+        config: how the engine is built and run.
+        cache_dir: folder for engines; None = beside the model's bundle, or the user's cache.
+        name: what the network is called in messages; by default the file's name.
+        device_outputs: results stay on the device, as :class:`~lp_edge.engines.device.DeviceArray`.
+        progress: called with every step of a build, from any thread.
+        cancelled: asked often during a build; True stops it.
+        own_cuda: close ``cuda`` with the runner.
+        trt: the module ``tensorrt``; by default it is imported.
+
+    Raises:
+        BackendUnavailable: TensorRT is not there or does not start.
+        ConfigError: an option that this TensorRT or this graph does not have.
+        EngineError: the graph cannot be built or loaded; the message has TensorRT's own words.
+        LimitError: memory ran out.
+        Interrupted: ``cancelled`` returned True.
+        OutputError: the engine cannot be kept.
+    """
+    config = config or TensorRtConfig()
+    name = name or (model.stem if isinstance(model, Path) else "network")
+    trt = trt or import_tensorrt()
+    engine = _ready_engine(trt, model, cuda, config, cache_dir, name, progress, cancelled)
+    return TensorRtRunner(name, engine, cuda, config, device_outputs=device_outputs, own_cuda=own_cuda)
+
+
+def open_backend(model: Path | bytes, config: BackendConfig, name: str) -> Runner:
+    """The runner of backend ``tensorrt`` for the registry in :mod:`lp_edge.engines.backends`.
+
+    ``config.provider_options`` are the fields of :class:`TensorRtConfig` as text, and ``cache_dir``.
+    """
+    options = dict(config.provider_options)
+    folder = options.pop("cache_dir", "")
+    settings = TensorRtConfig.from_options(options)
+    trt = import_tensorrt()
+    cuda = open_cuda(config.device)
+    try:
+        return open_engine(
+            model,
+            cuda=cuda,
+            config=settings,
+            cache_dir=Path(folder) if folder else None,
+            name=name,
+            progress=_logged(),
+            own_cuda=True,
+            trt=trt,
+        )
+    except BaseException:
+        cuda.close()
+        raise
+
+
+def _logged() -> Progress:
+    """Tells the log where a build stands, every ten seconds."""
+    told = time.monotonic()
+
+    def tell(now: BuildProgress) -> None:
+        nonlocal told
+        if time.monotonic() - told >= _TELL_S:
+            told = time.monotonic()
+            share = "" if now.fraction is None else f", {now.fraction:.0%}"
+            _LOG.info("%s: %s%s", now.network, now.stage, share)
+
+    return tell
+
+
+def build_bundle_engines(
+    directory: Path,
+    *,
+    cuda: Cuda | None = None,
+    device: int = 0,
+    config: TensorRtConfig | None = None,
+    networks: Sequence[str] = (),
+    progress: Progress | None = None,
+    cancelled: Cancelled | None = None,
+    trt: Any = None,
+) -> tuple[EngineEntry, ...]:
+    """Build the engines of a bundle for this GPU, into its folder ``engines``, and enter them in its manifest.
+
+    Engines that are there and fit are taken as they are. Entries for other GPUs stay; those of graphs that the bundle no
+    longer has go.
+
+    Args:
+        directory: folder of the bundle.
+        cuda: the device; None = ``device`` is opened for the time of the call.
+        networks: names of the networks; all when empty.
+        config, progress, cancelled, trt: as in :func:`open_engine`.
+
+    Returns:
+        The entries of the engines for this GPU.
+
+    Raises:
+        BundleError: the bundle is not intact, has no such network, or its manifest cannot be written.
+        and what :func:`open_engine` raises.
+    """
+    trt = trt or import_tensorrt()
+    if cuda is None:
+        with open_cuda(device) as opened:
+            return build_bundle_engines(
+                directory,
+                cuda=opened,
+                config=config,
+                networks=networks,
+                progress=progress,
+                cancelled=cancelled,
+                trt=trt,
+            )
+    bundle = open_bundle(directory)
+    folder = bundle.directory / "engines"
+    entries = []
+    for name in networks or bundle.manifest.networks:
+        built = _ready_engine(
+            trt, bundle.path_of(name), cuda, config or TensorRtConfig(), folder, name, progress, cancelled
+        )
+        file = built.path.relative_to(bundle.directory).as_posix()
+        entries.append(EngineEntry(name, file, sha256_file(built.path), built.path.stat().st_size, built.key))
+    graphs = {digest_of(bundle.path_of(name)) for name in bundle.manifest.networks}
+    mine = {entry.key() for entry in entries}
+    kept = tuple(
+        entry
+        for entry in bundle.manifest.engines
+        if entry.key() not in mine and entry.built_for.onnx_sha256 in graphs
+    )
+    save_manifest(bundle.directory / MANIFEST, replace(bundle.manifest, engines=(*kept, *entries)))
+    return tuple(entries)
+
+
+# -- from a graph to an engine ----------------------------------------------------------------------
+
+
+def _ready_engine(
+    trt: Any,
+    model: Path | bytes,
+    cuda: Cuda,
+    config: TensorRtConfig,
+    cache_dir: Path | None,
+    name: str,
+    progress: Progress | None,
+    cancelled: Cancelled | None,
+) -> _Engine:
+    """The engine from the cache, or a new one."""
+    graph = read_graph(model)
+    batch = config.max_batch or max(default_max_batch(cuda.total_memory), config.usual_batch)
+    profile = profile_of(name, graph.inputs, config, batch)
+    key = EngineKey(
+        onnx_sha256=digest_of(model),
+        tensorrt=trt.__version__,
+        gpu=cuda.name,
+        compute_capability=".".join(map(str, cuda.compute_capability)),
+        precision=graph.precision,
+        profile=profile,
+        flags=flags_of(trt, graph, config),
+    )
+    cache = EngineCache((cache_dir,) if cache_dir else cache_folders(model), name, key)
+    free, _ = cuda.memory()  # which also makes the device current in this thread
+    if (found := _load(trt, cache, graph, key, name)) is not None:
+        return found
+    with cache.lock(cancelled):
+        if (found := _load(trt, cache, graph, key, name)) is not None:  # another process was first
+            return found
+        other = cache.differences()
+        _LOG.info(
+            "%s: building its engine for %s with TensorRT %s%s; this takes a while, once",
+            name,
+            cuda.name,
+            trt.__version__,
+            f" (there is one with {other})" if other else "",
+        )
+        workspace = config.workspace_mib << 20 or (free // 2 if cuda.integrated else 0)
+        built = build_engine(
+            trt,
+            model,
+            graph,
+            config,
+            profile,
+            name=name,
+            workspace=workspace,
+            timing_cache=cache.read_timing() if config.timing_cache else b"",
+            progress=progress,
+            cancelled=cancelled,
+        )
+        cache.write_timing(built.timing_cache)
+        path = cache.write(built.plan)
+    runtime, engine, errors = _deserialise(trt, built.plan, name)
+    if engine is None:
+        raise EngineError(
+            f"{name}: TensorRT {trt.__version__} does not load the engine that it has just built ({errors.take()})",
+            "expected it to",
+            "report this with the versions that lp-doctor prints, or use --backend cuda",
+        )
+    return _Engine(trt, runtime, engine, errors, graph, key, path)
+
+
+def _load(trt: Any, cache: EngineCache, graph: Graph, key: EngineKey, name: str) -> _Engine | None:
+    """The engine of the cache, or None when there is none or TensorRT does not take it."""
+    found = cache.read()
+    if found is None:
+        return None
+    plan, path = found
+    runtime, engine, errors = _deserialise(trt, plan, name)
+    if engine is None:
+        _LOG.warning(
+            "%s: TensorRT %s does not take the engine that was kept (%s); building it again",
+            name,
+            trt.__version__,
+            errors.take(),
+        )
+        return None
+    return _Engine(trt, runtime, engine, errors, graph, key, path)
+
+
+def _deserialise(trt: Any, plan: bytes, name: str) -> tuple[Any, Any, Errors]:
+    """Runtime, engine (None when TensorRT refuses the plan) and what goes wrong with them."""
+    errors = Errors(trt)
+    try:
+        runtime = trt.Runtime(logger_of(trt)[0])
+    except Exception as error:  # see build_engine
+        raise unavailable(trt, "runtime", errors.take(error)) from error
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None and errors.out_of_memory:
+        raise LimitError(
+            f"{name}: no memory for its engine ({errors.take()})",
+            "expected enough memory on the GPU",
+            "close other programs on the GPU, or lower max_batch",
+        )
+    return runtime, engine, errors
+
+
+# -- memory of a call -------------------------------------------------------------------------------
+
+
+class _Port:
+    """Memory of one tensor of one slot: on the device, and pinned on the host for what is copied there.
+
+    ``mapped``: the pinned memory is the device's as well (integrated GPUs), and nothing is copied.
+    """
+
+    def __init__(self, cuda: Cuda, mapped: bool) -> None:
+        self._cuda, self._mapped = cuda, mapped
+        self._pinned: PinnedBuffer | None = None
+        self._device: DeviceBuffer | None = None
+
+    def fit(self, nbytes: int) -> DeviceBuffer | PinnedBuffer:
+        """Memory for the device of at least ``nbytes``; what was there before may go."""
+        if self._mapped:
+            return self._host(nbytes)
+        self._device = _grown(self._device, nbytes, self._cuda.alloc)
+        return self._device
+
+    def put(self, array: npt.NDArray[Any], stream: CudaStream) -> DeviceBuffer | PinnedBuffer:
+        """Queue the upload of an array; where it will be on the device."""
+        buffer = self.fit(array.nbytes)
+        host = self._host(array.nbytes).array(array.dtype, array.shape)
+        np.copyto(host, array)
+        if isinstance(buffer, DeviceBuffer):
+            self._cuda.copy_to_device(host, buffer, stream)
+        return buffer
+
+    def take(self, array: DeviceArray, stream: CudaStream) -> DeviceBuffer:
+        """Queue a copy of what lies on the device where TensorRT does not read it."""
+        self._device = _grown(self._device, array.nbytes, self._cuda.alloc)
+        stream.wait(array.stream.record())
+        offset = array.pointer - array.buffer.pointer
+        self._cuda.copy_on_device(array.buffer, self._device, array.nbytes, stream, source_offset=offset)
+        return self._device
+
+    def get(self, dtype: np.dtype[Any], shape: tuple[int, ...], stream: CudaStream) -> npt.NDArray[Any]:
+        """Queue the download; a view of pinned memory, to be read when the stream is done."""
+        host = self._host(_nbytes(dtype, shape)).array(dtype, shape)
+        if self._device is not None:
+            self._cuda.copy_to_host(self._device, host, stream)
+        return host
+
+    def lend(self, dtype: np.dtype[Any], shape: tuple[int, ...], stream: CudaStream) -> DeviceArray:
+        """Queue a copy on the device that belongs to the caller."""
+        result = device_array(self._cuda, shape, dtype, stream)
+        if self._device is not None:
+            self._cuda.copy_on_device(self._device, result.buffer, result.nbytes, stream)
+        return result
+
+    def close(self) -> None:
+        """Give all memory back."""
+        for buffer in (self._device, self._pinned):
+            if buffer is not None:
+                buffer.close()
+        self._device = self._pinned = None
+
+    def _host(self, nbytes: int) -> PinnedBuffer:
+        self._pinned = _grown(self._pinned, nbytes, self._cuda.pinned)
+        return self._pinned
+
+
+def _nbytes(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+
+
+def _grown(buffer: _Memory | None, nbytes: int, make: Callable[[int], _Memory]) -> _Memory:
+    """The buffer, or a larger one in its place; the old one stays where there is no memory for that."""
+    if buffer is not None and buffer.nbytes >= nbytes:
+        return buffer
+    larger = make(nbytes)
+    if buffer is not None:
+        buffer.close()
+    return larger
+
+
+class _Slot:
+    """Everything that one call uses alone: a stream for its copies, events and memory."""
+
+    def __init__(
+        self, cuda: Cuda, index: int, inputs: Iterable[str], outputs: Iterable[str], on_device: bool
+    ):
+        self.index = index
+        self.stream = cuda.stream()
+        self.uploaded, self.computed = cuda.event(), cuda.event()
+        self.ports = {name: _Port(cuda, cuda.integrated) for name in inputs}
+        self.ports.update({name: _Port(cuda, cuda.integrated and not on_device) for name in outputs})
+
+    def parts(self) -> Iterator[_Port | CudaStream | CudaEvent]:
+        """What is to be closed: first the stream, which waits for what is queued."""
+        yield self.stream
+        yield from (self.uploaded, self.computed)
+        yield from self.ports.values()
+
+
+@dataclass(eq=False)
+class _Lane:
+    """An execution context, what it is set to, and the recorded launch of exactly that.
+
+    A context that a graph was recorded from must not be changed, so each set of shapes has a context of its own.
+    """
+
+    context: Any
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    outputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    addresses: Mapping[str, int] = field(default_factory=dict)
+    warm: bool = False
+    graph: CudaGraph | None = None
+
+    def forget(self) -> None:
+        """Drop the recorded launch: the context is about to be changed."""
+        graph, self.graph, self.warm = self.graph, None, False
+        if graph is not None:
+            graph.close()
+
+
+class TensorRtRunner(Runner):
+    """A network compiled by TensorRT; made by :func:`open_engine`.
+
+    Calls from several threads compute one after the other, while the copies of one overlap with the computing of another.
+    Inputs may be host arrays or :class:`~lp_edge.engines.device.DeviceArray`, whose memory is read where it is, without
+    waiting for it on the host. Results are the caller's own: host arrays, or, with ``device_outputs``, device arrays that are
+    still being written when ``infer`` returns and know the stream to wait for.
+
+    Attributes:
+        key: what the engine was built for.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        ready: _Engine,
+        cuda: Cuda,
+        config: TensorRtConfig,
+        *,
+        device_outputs: bool = False,
+        own_cuda: bool = False,
+    ) -> None:
+        super().__init__(name, *_surface(ready, name))
+        self.key: Final = ready.key
+        self._ready: _Engine | None = ready
+        self._trt, self._errors = ready.trt, ready.errors
+        self._cuda, self._own_cuda, self._on_device = cuda, own_cuda, device_outputs
+        self._profile: Profile = ready.key.profile
+        shared = not self._profile or _shares_profile(ready.trt)
+        self._lane_limit = _CONTEXTS if shared else 1
+        self._graphs = config.cuda_graphs
+        self._lock = threading.Lock()  # of the compute stream, the lanes and the graphs
+        self._lanes: dict[tuple[int, tuple[tuple[int, ...], ...]], _Lane] = {}  # the longest unused first
+        # One caller that waits for results keeps to one slot and its records; results on the device it gets from all in turn.
+        self._idle: queue.Queue[_Slot | None] = queue.Queue() if device_outputs else queue.LifoQueue()
+        self._slots: list[_Slot] = []
+        self._scratch: DeviceBuffer | None = None
+        self._compute = cuda.stream()
+        try:
+            size = _first(ready.engine, "device_memory_size_v2", "device_memory_size")
+            self._scratch = cuda.alloc(size) if size else None
+            for index in range(config.slots if shared else 1):
+                self._slots.append(_Slot(cuda, index, self.inputs, self.outputs, device_outputs))
+                self._idle.put(self._slots[-1])
+        except BaseException:
+            self._own_cuda = False  # the caller still has it
+            self._release()
+            raise
+
+    @property
+    def backend(self) -> str:
+        return "tensorrt"
+
+    @property
+    def device(self) -> str:
+        return str(self._cuda.name)
+
+    # -- running --------------------------------------------------------------------------------
+
+    def _stage(self, array: Array) -> Array:
+        if not isinstance(array, DeviceArray):
+            return to_host(array)
+        if (other := array.buffer.cuda.device) != self._cuda.device:
+            raise TensorError(
+                f"{self.name}: an input lies on device {other}",
+                f"expected it on device {self._cuda.device}, where the network runs, or on the host",
+                "pass numpy.asarray(array), or open both on one device",
+            )
+        return array
+
+    def _infer(self, feeds: Mapping[str, Array], outputs: tuple[str, ...]) -> dict[str, Array]:
+        self._within_profile(feeds)
+        slot = self._idle.get()
+        if slot is None:
+            self._idle.put(None)  # for the next who waits
+            raise EngineError(
+                f"{self.name}: infer on a closed runner", "expected an open one", "keep it open"
+            )
+        try:
+            return self._run(slot, feeds, outputs)
+        except BaseException:
+            # What was queued must not write into the slot's memory when the next call has it.
+            self._settle(slot)
+            raise
+        finally:
+            self._idle.put(slot)
+
+    def _within_profile(self, feeds: Mapping[str, Array]) -> None:
+        for name, (low, _, high) in self._profile.items():
+            shape = tuple(feeds[name].shape)
+            if not all(a <= size <= b for a, size, b in zip(low, shape, high, strict=True)):
+                raise TensorError(
+                    f"{self.name}: input {name} has shape {list(shape)}",
+                    f"expected one from {list(low)} to {list(high)}, which its engine was built for",
+                    "use smaller batches, or raise the options max_batch or axes, which builds another engine",
+                )
+
+    def _run(self, slot: _Slot, feeds: Mapping[str, Array], outputs: tuple[str, ...]) -> dict[str, Array]:
+        compute = self._compute
+        # The slot's pinned memory may still be read for the call before: by its upload, or by the network itself.
+        (slot.computed if self._cuda.integrated else slot.uploaded).synchronize()
+        addresses: dict[str, int] = {}
+        for name, array in feeds.items():
+            if isinstance(array, DeviceArray):
+                compute.wait(array.stream.record())
+                source: DeviceArray | DeviceBuffer | PinnedBuffer = array
+                if array.pointer % _ALIGNMENT:
+                    source = slot.ports[name].take(array, slot.stream)
+            else:
+                source = slot.ports[name].put(to_host(array), slot.stream)
+            source.use(compute)
+            addresses[name] = source.pointer
+        slot.stream.record(slot.uploaded)
+        with self._lock:
+            lane = self._lane(slot, {name: tuple(array.shape) for name, array in feeds.items()}, addresses)
+            compute.wait(slot.uploaded)
+            self._launch(lane, compute)
+            compute.record(slot.computed)
+        slot.stream.wait(slot.computed)
+        results: dict[str, Array] = {}
+        for name in outputs:
+            port, dtype, shape = slot.ports[name], self.outputs[name].dtype, lane.outputs[name]
+            bring = port.lend if self._on_device else port.get
+            results[name] = bring(dtype, shape, slot.stream)
+        if self._on_device:
+            return results
+        slot.stream.synchronize()
+        return {name: to_host(view).copy() for name, view in results.items()}
+
+    def _settle(self, slot: _Slot) -> None:
+        try:
+            slot.stream.synchronize()
+            self._compute.synchronize()
+        except LpEdgeError as error:
+            _LOG.debug("%s: after a failure: %s", self.name, error)
+
+    # -- contexts and graphs --------------------------------------------------------------------
+
+    def _lane(self, slot: _Slot, shapes: Mapping[str, tuple[int, ...]], addresses: dict[str, int]) -> _Lane:
+        """The context for a slot and shapes, with all addresses set."""
+        key = (slot.index, tuple(shapes[name] for name in self.inputs))
+        lane = self._lanes.pop(key, None)
+        if lane is None:
+            lane = self._new_lane()
+            self._shape(lane, shapes)
+        self._lanes[key] = lane
+        for name, shape in lane.outputs.items():
+            buffer = slot.ports[name].fit(_nbytes(self.outputs[name].dtype, shape))
+            buffer.use(self._compute)
+            addresses[name] = buffer.pointer
+        if lane.addresses != addresses:
+            lane.forget()
+            lane.addresses = {}
+            for name, address in addresses.items():
+                if not lane.context.set_tensor_address(name, address):
+                    raise self._failed(f"does not take the memory of {name}")
+            lane.addresses = dict(addresses)
+        return lane
+
+    def _new_lane(self) -> _Lane:
+        """A lane with a context of its own, or the longest unused when there are enough."""
+        if len(self._lanes) >= self._lane_limit:
+            lane = self._lanes.pop(next(iter(self._lanes)))
+            self._compute.synchronize()
+            lane.forget()
+            lane.addresses = {}
+            return lane
+        engine: Any = self._ready.engine if self._ready is not None else None
+        strategy = getattr(self._trt, "ExecutionContextAllocationStrategy", None)
+        if strategy is not None:
+            context = engine.create_execution_context(strategy.USER_MANAGED)
+        else:
+            context = engine.create_execution_context_without_device_memory()
+        if context is None:
+            raise self._failed("makes no execution context")
+        if self._scratch is not None:
+            # All contexts run on one stream, one after the other, so they share the memory of intermediates.
+            if hasattr(context, "set_device_memory"):
+                context.set_device_memory(self._scratch.pointer, self._scratch.nbytes)
+            else:
+                context.device_memory = self._scratch.pointer
+        if self._profile and context.active_optimization_profile != 0:
+            if not context.set_optimization_profile_async(0, self._compute.handle):
+                raise self._failed("does not share its profile between contexts")
+            self._compute.synchronize()
+        return _Lane(context)
+
+    def _shape(self, lane: _Lane, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Set the shapes of the inputs and learn those of the outputs."""
+        context = lane.context
+        for name, shape in shapes.items():
+            if name in self._profile and not context.set_input_shape(name, shape):
+                raise self._failed(f"does not take {name} with shape {list(shape)}")
+        if missing := context.infer_shapes():
+            raise self._failed(f"wants the shapes of {', '.join(missing)}")
+        lane.shapes = dict(shapes)
+        lane.outputs = {name: tuple(context.get_tensor_shape(name)) for name in self.outputs}
+        for name, shape in lane.outputs.items():
+            if any(size < 0 for size in shape):
+                raise self._failed(f"does not know the shape of output {name} before it runs")
+
+    def _launch(self, lane: _Lane, stream: CudaStream) -> None:
+        """Queue the network: the first time plainly, then recorded, then by replaying the record."""
+        if lane.graph is None and self._graphs and lane.warm:
+            lane.graph = self._recorded(lane, stream)
+        if lane.graph is not None:
+            lane.graph.launch(stream)
+            return
+        self._enqueue(lane, stream)
+        lane.warm = True
+
+    def _enqueue(self, lane: _Lane, stream: CudaStream) -> None:
+        if not lane.context.execute_async_v3(stream.handle):
+            raise self._failed("did not start the network", lane.shapes)
+
+    def _recorded(self, lane: _Lane, stream: CudaStream) -> CudaGraph | None:
+        """The launch as a graph; None where it cannot be recorded, and then no more is tried."""
+        try:
+            with self._cuda.capture(stream) as graph:
+                self._enqueue(lane, stream)
+        except LpEdgeError as error:
+            self._graphs = False
+            _LOG.info("%s: runs without CUDA graphs: %s", self.name, error.got)
+            return None
+        return graph
+
+    def _failed(self, what: str, shapes: Mapping[str, tuple[int, ...]] | None = None) -> LpEdgeError:
+        on = f" on {', '.join(f'{n} {list(s)}' for n, s in shapes.items())}" if shapes else ""
+        memory = self._errors.out_of_memory
+        got = f"{self.name}: TensorRT {self._trt.__version__} {what}{on} ({self._errors.take()})"
+        if memory:
+            return LimitError(
+                got, "expected enough memory", "close other programs on the GPU, or lower max_batch"
+            )
+        return EngineError(got, "expected the network to run", "try lp-doctor, or use --backend cuda")
+
+    # -- the end --------------------------------------------------------------------------------
+
+    def _close(self) -> None:
+        for _ in self._slots:  # what other threads are still running ends first
+            self._idle.get()
+        self._idle.put(None)
+        self._release()
+
+    def _release(self) -> None:
+        """Free everything, contexts before the engine and that before its runtime; what fails there is logged."""
+        parts: list[Any] = [
+            self._compute,
+            *(lane.graph for lane in self._lanes.values() if lane.graph is not None),
+        ]
+        parts += [part for slot in self._slots for part in slot.parts()]
+        parts += [self._scratch] if self._scratch is not None else []
+        failures = []
+        for part in parts:
+            try:
+                part.close()
+            except (
+                LpEdgeError
+            ) as error:  # the device is lost, which somebody else is told; the rest is freed all the same
+                failures.append(error.got)
+        if failures:
+            _LOG.warning(
+                "%s: closing: %d of %d calls failed, first: %s",
+                self.name,
+                len(failures),
+                len(parts),
+                failures[0],
+            )
+        for lane in self._lanes.values():
+            lane.context = lane.graph = None
+        self._lanes.clear()
+        self._ready = None
+        if self._own_cuda:
+            self._cuda.close()
+
+
+def _shares_profile(trt: Any) -> bool:
+    """Whether several contexts may use one profile: asked for when building on 8.6, always so from 10, never on 8.5."""
+    return hasattr(trt, "ExecutionContextAllocationStrategy") or hasattr(
+        getattr(trt, "PreviewFeature", None), "PROFILE_SHARING_0806"
+    )
+
+
+def _first(thing: Any, *names: str) -> int:
+    """The first of several attributes that is there; they are called differently in different versions."""
+    return int(next(getattr(thing, name) for name in names if hasattr(thing, name)))
+
+
+def _surface(ready: _Engine, name: str) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Inputs and outputs in the graph's order: names and named axes from the graph, which the engine must confirm."""
+    trt, engine = ready.trt, ready.engine
+    kinds = {
+        getattr(trt.DataType, member): dtype
+        for member, dtype in (
+            ("FLOAT", "float32"),
+            ("HALF", "float16"),
+            ("INT8", "int8"),
+            ("UINT8", "uint8"),
+            ("INT32", "int32"),
+            ("INT64", "int64"),
+            ("BOOL", "bool"),
+        )
+        if hasattr(trt.DataType, member)
+    }
+    tensors = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+    for specs, mode in (
+        (ready.graph.inputs, trt.TensorIOMode.INPUT),
+        (ready.graph.outputs, trt.TensorIOMode.OUTPUT),
+    ):
+        got = {tensor for tensor in tensors if engine.get_tensor_mode(tensor) == mode}
+        if got != {spec.name for spec in specs}:
+            raise EngineError(
+                f"{name}: its engine has the {mode.name.lower()}s {', '.join(sorted(got))}",
+                f"expected {', '.join(spec.name for spec in specs)}",
+                "report this",
+            )
+    return (
+        [_confirmed(spec, kinds, engine, name) for spec in ready.graph.inputs],
+        [_confirmed(spec, kinds, engine, name) for spec in ready.graph.outputs],
+    )
+
+
+def _confirmed(spec: TensorSpec, kinds: Mapping[Any, str], engine: Any, name: str) -> TensorSpec:
+    """A tensor with sizes that only the engine knows; EngineError when graph and engine disagree."""
+    dtype = kinds.get(engine.get_tensor_dtype(spec.name), "unknown")
+    shape = tuple(engine.get_tensor_shape(spec.name))
+    axes = spec.shape or tuple(f"?{i}" for i in range(len(shape)))  # a file may leave a result's shape out
+    fits = len(shape) == len(axes) and all(
+        size == axis or size < 0 or isinstance(axis, str) for size, axis in zip(shape, axes, strict=True)
+    )
+    if dtype != spec.dtype.name or not fits:
+        raise EngineError(
+            f"{name}: {spec.name} is {dtype} {list(shape)} in the engine",
+            f"expected {spec}",
+            "export the network with float32 or uint8 inputs and outputs",
+        )
+    merged = tuple(
+        size if size >= 0 and isinstance(axis, str) and axis.startswith("?") else axis
+        for size, axis in zip(shape, axes, strict=True)
+    )
+    return TensorSpec(spec.name, spec.dtype, merged)
