@@ -14,11 +14,12 @@ import os
 import platform
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib import metadata
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from lp_edge.engines.backends import resolve_backend
@@ -30,6 +31,7 @@ from lp_edge.runtime.server.config import ServerConfig
 from lp_edge.runtime.server.log import StreamLog
 from lp_edge.runtime.server.metrics import Metrics
 from lp_edge.runtime.server.portraits import PortraitStore
+from lp_edge.runtime.server.tracing import stream_span
 from lp_edge.runtime.server.wire import MotionSpace
 from lp_edge.runtime.shared_frames import sweep
 
@@ -211,8 +213,14 @@ class Core:
         )
 
     @contextmanager
-    def open_stream(self, kind: str, peer: str) -> Iterator[Stream]:
+    def open_stream(
+        self, kind: str, peer: str, headers: Mapping[str, str] = MappingProxyType({})
+    ) -> Iterator[Stream]:
         """Admit a stream for the time of the ``with`` block; what it still computes is cancelled at the end.
+
+        Args:
+            kind, peer: as in :class:`Stream`.
+            headers: of the call, for tracing.
 
         Raises:
             LimitError: ``max_streams`` are open.
@@ -236,22 +244,24 @@ class Core:
         device.streams += 1
         self.metrics.stream_opened(kind)
         error: BaseException | None = None
-        try:
+        with stream_span(kind, stream.id, headers) as tell:
             try:
-                yield stream
-            except Interrupted as caught:
-                if not stream.ended.is_set():
-                    raise
-                raise stopping() from caught  # the drain's deadline has cut its work short
-        except BaseException as caught:
-            error = caught
-            raise
-        finally:
-            stream.cancel()
-            device.streams -= 1
-            del self.streams[stream.id]
-            status = stream.log.end(error)
-            self.metrics.stream_closed(kind, status, time.monotonic() - stream.opened)
+                try:
+                    yield stream
+                except Interrupted as caught:
+                    if not stream.ended.is_set():
+                        raise
+                    raise stopping() from caught  # the drain's deadline has cut its work short
+            except BaseException as caught:
+                error = caught
+                raise
+            finally:
+                stream.cancel()
+                device.streams -= 1
+                del self.streams[stream.id]
+                status = stream.log.end(error)
+                tell({"frames": stream.log.frames, "dropped": stream.log.dropped, "status": status})
+                self.metrics.stream_closed(kind, status, time.monotonic() - stream.opened)
 
     async def next_message(self, stream: Stream, requests: AsyncIterator[T]) -> T | None:
         """The client's next message; None when it has finished.

@@ -569,9 +569,8 @@ async def _animate(core: Core, request: Request) -> AsyncGenerator[_Event, None]
     limits = core.config.limits
     host = request.client
     with ExitStack() as stack:
-        stream = stack.enter_context(
-            core.open_stream("http", f"http:{host.host}:{host.port}" if host else "http:")
-        )
+        peer = f"http:{host.host}:{host.port}" if host else "http:"
+        stream = stack.enter_context(core.open_stream("http", peer, request.headers))
         picture = stack.enter_context(Upload(limits.max_message_bytes, "max_message_bytes"))
         driving = stack.enter_context(Upload(limits.max_upload_bytes))
         form = await _read_form(core, request, {"picture": picture, "driving": driving})

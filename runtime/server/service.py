@@ -103,6 +103,10 @@ async def _unary(
         raise  # abort has raised already
 
 
+def _headers(context: Context) -> dict[str, str]:
+    return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+
+
 class _Answers:
     """Sends a stream's answers. gRPC takes no status while a message is being sent, and cancelling that does not end it: the client
     has to read. So a message that is on its way stays there, and the status waits for it.
@@ -137,7 +141,7 @@ async def _streaming(
     """Admit a stream, run it, and end it with its error's status."""
     stream_id, answers = "", _Answers(context)
     try:
-        with core.open_stream(kind, context.peer()) as stream:
+        with core.open_stream(kind, context.peer(), _headers(context)) as stream:
             stream_id = stream.id
             try:
                 await work(stream, answers)
@@ -161,7 +165,7 @@ class _Portraits(portraits_pb2_grpc.PortraitServiceServicer):
         stream_ids: list[str] = []
 
         async def work() -> portraits_pb2.RegisterPortraitResponse:
-            with self._core.open_stream("register", context.peer()) as stream:
+            with self._core.open_stream("register", context.peer(), _headers(context)) as stream:
                 stream_ids.append(stream.id)
                 return await register(self._core, stream, request)
 
