@@ -80,9 +80,9 @@ _OTHER_SIGNS = (
         "name the port of --listen, not of --http or --metrics-port",
     ),
     (
-        "Socket closed",
-        "expected a server without TLS, or one that goes on",
-        "give its certificate authority (tls, --tls-ca) where it uses TLS, or start it again",
+        ": Socket closed",
+        "expected a server without TLS, or one that takes this client's certificate",
+        "give its certificate authority (tls, --tls-ca) where it uses TLS, and a certificate (--tls-cert) where it asks for one",
     ),
 )
 _NOBODY = (

@@ -512,14 +512,16 @@ class Session:
         if kind == "draining":
             self.draining = response.draining.deadline_ms / 1000
         if kind == "skipped":
-            self._gone(response.skipped.sequence)
+            # A frame that gave way is told at once, maybe before the answer to an older one that is still being drawn.
+            told_at_once = response.skipped.reason == animation_pb2.SKIP_REASON_NEWER
+            self._gone(response.skipped.sequence, in_order=not told_at_once)
         if kind == "frame":
             self._answered = response.frame.sequence
         self._free_slots(response.driving_taken)
         if kind != "frame":
             return None
         message, sequence = response.frame, response.frame.sequence
-        departed = self._gone(sequence)
+        departed = self._gone(sequence, in_order=True)
         pictures = tuple(
             self._picture(reader, m, sequence)
             for reader, m in zip(self._readers, message.pictures, strict=False)
@@ -567,15 +569,21 @@ class Session:
         lent.flags.writeable = False
         return reader.picture(message, lent)
 
-    def _gone(self, sequence: int) -> float | None:
-        """A frame is answered or will never be; when it was submitted."""
-        for entry in self._sent:
-            if entry.frame.sequence == sequence:
-                self._sent.remove(entry)
-                if self.plan.lossless:
-                    self._apply(entry)
-                break
-        return self._departed.pop(sequence, None)
+    def _gone(self, sequence: int, *, in_order: bool) -> float | None:
+        """A frame is answered or will never be; when it was submitted.
+
+        Where this is told in the frames' order, the same holds for all older ones: the server keeps no more than so many notices of
+        skipped frames for a client that is slow to read, so one for each cannot be waited for.
+        """
+        first, departed = 0 if in_order else sequence, self._departed.get(sequence)
+        gone = [e for e in self._sent if first <= e.frame.sequence <= sequence]
+        for entry in gone:
+            self._sent.remove(entry)
+            if self.plan.lossless:
+                self._apply(entry)
+        for number in [n for n in self._departed if first <= n <= sequence]:
+            del self._departed[number]
+        return departed
 
     def _free_slots(self, taken: int) -> None:
         """Slots of frames that might have to be sent again are kept until those are answered."""

@@ -293,14 +293,14 @@ class Client(ClientBase):
 
     async def _call(self, method: Any, request: Any) -> Any:
         """A single call with its deadline, tried again while the server is not there."""
+        return await self._retry(lambda: self._once(method, request))
 
-        async def once() -> Any:
-            try:
-                return await method(request, timeout=self.settings.timeout_s, metadata=self.settings.metadata)
-            except grpc.RpcError as error:
-                raise rpc_error(error, self.settings.target) from error
-
-        return await self._retry(once)
+    async def _once(self, method: Any, request: Any) -> Any:
+        """A single call with its deadline."""
+        try:
+            return await method(request, timeout=self.settings.timeout_s, metadata=self.settings.metadata)
+        except grpc.RpcError as error:
+            raise rpc_error(error, self.settings.target) from error
 
     async def _stream(self, method: Any, requests: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
         """The answers of a call that sends ``requests``; an error of theirs is raised here."""
@@ -334,15 +334,16 @@ class Client(ClientBase):
         backoff, restored = Backoff(self.settings.reconnect_timeout_s), False
         while True:
             try:
-                return await call()
+                try:
+                    return await call()
+                except NotFoundError:
+                    if restored or not ids or not await self._restore(ids):
+                        raise
+                    restored = True
             except ServerUnavailable as error:
                 if not self.settings.reconnect or self._closed.is_set():
                     raise
                 await self._pause(backoff.pause(error))
-            except NotFoundError:
-                if restored or not ids or not await self._restore(ids):
-                    raise
-                restored = True
 
     async def _until_first(
         self, begin: Callable[[], AsyncGenerator[T, None]], ids: tuple[str, ...] = ()
@@ -371,12 +372,12 @@ class Client(ClientBase):
             return False
         known = tuple(ids)
         async with self._restoring:  # several streams that break at once need each portrait once
-            answer = await self._call(
+            answer = await self._once(
                 self._stubs.portraits.ListPortraits, portraits_pb2.ListPortraitsRequest()
             )
             on_server = {p.id for p in answer.portraits}
             for known_as, kept in self._book.missing(known, on_server):
-                again = await self._call(self._stubs.portraits.RegisterPortrait, kept.request)
+                again = await self._once(self._stubs.portraits.RegisterPortrait, kept.request)
                 self._book.moved(known_as, again.portrait.id)
                 on_server.add(again.portrait.id)
         return all(self._book.current(known_as) in on_server for known_as in known)
@@ -660,6 +661,13 @@ class AnimateStream(AsyncIterator[Frame]):
         if not self._ended:
             self._error = error
         self._call.cancel()
+        if self._broken and self._reader is not None:
+            self._reader.cancel()  # that call is dead already, and the reader is after another one
+
+    @property
+    def _over(self) -> bool:
+        """Whether no connection is of use any more."""
+        return self._closed or self._error is not None or self._client._closed.is_set()
 
     # -- the connection ---------------------------------------------------------------------------------
 
@@ -732,16 +740,16 @@ class AnimateStream(AsyncIterator[Frame]):
     async def _read(self) -> None:
         """Take answers until the stream has ended; the reader's task."""
         try:
-            while not self._closed:
+            while not self._over:
                 failure = await self._read_connection()
                 if failure is None:
                     break
                 await self._reconnect(failure)
         except asyncio.CancelledError:
-            if not self._closed and self._error is None:
+            if not self._over:
                 raise
         except BaseException as error:  # noqa: BLE001 - raised by receive() and send()
-            if self._error is None and not self._closed:
+            if not self._over:
                 self._error = error
         finally:
             self._call.cancel()
@@ -757,7 +765,7 @@ class AnimateStream(AsyncIterator[Frame]):
                 await self._take(response)
             return None
         except grpc.RpcError as error:
-            if self._closed or self._error is not None:
+            if self._over:
                 return None
             failure = await self._ending.error(error, self._client.settings.target)
             if not isinstance(failure, ServerUnavailable) or not self._client.settings.reconnect:
@@ -783,18 +791,18 @@ class AnimateStream(AsyncIterator[Frame]):
         backoff = Backoff(self._client.settings.reconnect_timeout_s)
         self._broken = True
         try:
-            while not self._closed:
-                await self._client._pause(backoff.pause(failure))
+            while not await self._changed.wait_for(lambda: self._over, backoff.pause(failure)):
                 try:
-                    await self._connect()
+                    try:
+                        await self._connect()
+                    except NotFoundError:
+                        if not await self._client._restore(self._session.plan.portrait_ids):
+                            raise
+                    else:
+                        self.reconnects += 1
+                        return
                 except (ServerUnavailable, LimitError) as error:
                     # The server may not have noticed yet that our old stream is gone.
                     failure = error
-                except NotFoundError:
-                    if not await self._client._restore(self._session.plan.portrait_ids):
-                        raise
-                else:
-                    self.reconnects += 1
-                    return
         finally:
             self._broken = False

@@ -468,7 +468,7 @@ class _Standard:
         except BrokenPipeError:  # who reads has enough
             raise
         except OSError as error:
-            sys.stdout = None  # type: ignore[assignment]  # flushing at exit would raise again
+            sys.stdout = None  # flushing at exit would raise again
             raise OutputError(
                 f"standard output cannot be written ({error.strerror})",
                 "expected a reader",

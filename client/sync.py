@@ -383,14 +383,14 @@ class Client(ClientBase):
 
     def _call(self, method: Any, request: Any) -> Any:
         """A single call with its deadline, tried again while the server is not there."""
+        return self._retry(lambda: self._once(method, request))
 
-        def once() -> Any:
-            try:
-                return method(request, timeout=self.settings.timeout_s, metadata=self.settings.metadata)
-            except grpc.RpcError as error:
-                raise rpc_error(error, self.settings.target) from error
-
-        return self._retry(once)
+    def _once(self, method: Any, request: Any) -> Any:
+        """A single call with its deadline."""
+        try:
+            return method(request, timeout=self.settings.timeout_s, metadata=self.settings.metadata)
+        except grpc.RpcError as error:
+            raise rpc_error(error, self.settings.target) from error
 
     def _stream(self, method: Any, requests: Iterator[Any]) -> Iterator[Any]:
         """The answers of a call that sends ``requests``; an error of theirs is raised here."""
@@ -418,15 +418,16 @@ class Client(ClientBase):
         backoff, restored = Backoff(self.settings.reconnect_timeout_s), False
         while True:
             try:
-                return call()
+                try:
+                    return call()
+                except NotFoundError:
+                    if restored or not ids or not self.restore(ids):
+                        raise
+                    restored = True
             except ServerUnavailable as error:
                 if not self.settings.reconnect or self._closed.is_set():
                     raise
                 self.pause(backoff.pause(error))
-            except NotFoundError:
-                if restored or not ids or not self.restore(ids):
-                    raise
-                restored = True
 
     def _until_first(self, begin: Callable[[], Iterator[T]], ids: tuple[str, ...] = ()) -> Iterator[T]:
         """Items of an iterator that is begun again as long as nothing has come."""
@@ -454,15 +455,18 @@ class Client(ClientBase):
 
         Returns:
             Whether it makes sense to try again: reconnecting is on, and all of them are there now.
+
+        Raises:
+            ServerUnavailable: the server is away; the caller waits, for it knows what ends its waiting.
         """
         if not self.settings.reconnect:
             return False
         known = tuple(ids)
         with self._restoring:  # several streams that break at once need each portrait once
-            answer = self._call(self._stubs.portraits.ListPortraits, portraits_pb2.ListPortraitsRequest())
+            answer = self._once(self._stubs.portraits.ListPortraits, portraits_pb2.ListPortraitsRequest())
             on_server = {p.id for p in answer.portraits}
             for known_as, kept in self._book.missing(known, on_server):
-                again = self._call(self._stubs.portraits.RegisterPortrait, kept.request).portrait
+                again = self._once(self._stubs.portraits.RegisterPortrait, kept.request).portrait
                 self._book.moved(known_as, again.id)
                 on_server.add(again.id)
         return all(self._book.current(known_as) in on_server for known_as in known)
@@ -707,8 +711,8 @@ class AnimateStream(Iterator[Frame]):
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        if self._call is not None:
-            self._call.cancel()
+            call = self._call  # a connection that is just being made, too
+        call.cancel()
         if threading.current_thread() is not self._reader:  # a callback may close its own stream
             self._reader.join(_JOIN_S)
 
@@ -725,7 +729,14 @@ class AnimateStream(Iterator[Frame]):
         with self._changed:
             if not self._ended:
                 self._error = error
-        self._call.cancel()
+            self._changed.notify_all()
+            call = self._call
+        call.cancel()
+
+    @property
+    def _over(self) -> bool:
+        """Whether no connection is of use any more."""
+        return self._closed or self._error is not None or self._client._closed.is_set()
 
     # -- the connection ---------------------------------------------------------------------------------
 
@@ -749,6 +760,11 @@ class AnimateStream(Iterator[Frame]):
         requests = _Requests(self._changed, self._session, first)
         call = self._client._stubs.animation.Animate(requests, metadata=self._client.settings.metadata)
         requests.cancel = call.cancel
+        with self._changed:
+            self._requests, self._call = requests, call
+            over = self._over
+        if over:  # who ended the stream before could not know this call
+            call.cancel()
         if not call.add_callback(requests.end):
             requests.end()
         timer = threading.Timer(limit, call.cancel)
@@ -758,7 +774,6 @@ class AnimateStream(Iterator[Frame]):
             response = next(call)
             with self._changed:
                 self._session.started(response)
-                self._requests, self._call = requests, call
                 self._changed.notify_all()
         except StopIteration:
             raise MediaError(
@@ -777,14 +792,14 @@ class AnimateStream(Iterator[Frame]):
     def _read(self) -> None:
         """Take answers until the stream has ended; the reader's thread."""
         try:
-            while not self._closed:
+            while not self._over:
                 failure = self._read_connection()
                 if failure is None:
                     break
                 self._reconnect(failure)
         except BaseException as error:  # noqa: BLE001 - raised by receive() and send()
             with self._changed:
-                if self._error is None and not self._closed:
+                if not self._over:
                     self._error = error
         finally:
             self._call.cancel()
@@ -801,7 +816,7 @@ class AnimateStream(Iterator[Frame]):
             return None
         except grpc.RpcError as error:
             requests = self._requests
-            if self._closed or self._error is not None:
+            if self._over:
                 return None
             if requests is not None and requests.fault is not None:
                 raise requests.fault from error
@@ -831,19 +846,23 @@ class AnimateStream(Iterator[Frame]):
         backoff = Backoff(settings.reconnect_timeout_s)
         self._broken = True
         try:
-            while not self._closed:
-                self._client.pause(backoff.pause(failure))
+            while True:
+                pause = backoff.pause(failure)
+                with self._changed:
+                    if self._changed.wait_for(lambda: self._over, pause):
+                        return
                 try:
-                    self._connect()
+                    try:
+                        self._connect()
+                    except NotFoundError:
+                        if not self._client.restore(self._session.plan.portrait_ids):
+                            raise
+                    else:
+                        self.reconnects += 1
+                        return
                 except (ServerUnavailable, LimitError) as error:
                     # The server may not have noticed yet that our old stream is gone.
                     failure = error
-                except NotFoundError:
-                    if not self._client.restore(self._session.plan.portrait_ids):
-                        raise
-                else:
-                    self.reconnects += 1
-                    return
         finally:
             self._broken = False
 

@@ -26,12 +26,16 @@ def _file(name: str) -> bytes | None:
 def main() -> int:
     """Ask, print the answer, return the exit code."""
     target = os.environ.get("LP_SERVE_HEALTH", "127.0.0.1:50051")
-    root = _file("CA")
+    try:
+        root, key, certificate = (_file(name) for name in ("CA", "KEY", "CERT"))
+    except OSError as error:
+        print(f"{target}: {error.filename} cannot be read ({error.strerror})")
+        return 1
     if root is None:
         channel = grpc.insecure_channel(target)
     else:
         name = os.environ.get("LP_SERVE_HEALTH_NAME", "localhost")
-        credentials = grpc.ssl_channel_credentials(root, _file("KEY"), _file("CERT"))
+        credentials = grpc.ssl_channel_credentials(root, key, certificate)
         channel = grpc.secure_channel(target, credentials, [("grpc.ssl_target_name_override", name)])
     with channel:
         try:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import sys
 import time
 from pathlib import Path
 
 from lp_edge.client.aio import Client
 from lp_edge.client.sources import open_source
+from lp_edge.errors import LpEdgeError
 from lp_edge.runtime.media_write import open_writer
 
 
@@ -65,4 +67,7 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    try:
+        asyncio.run(main())
+    except LpEdgeError as error:
+        sys.exit(f"asyncio_many.py: {error}")

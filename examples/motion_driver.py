@@ -4,7 +4,7 @@
     python examples/motion_driver.py portrait.jpg result.mp4 --seconds 4
 
 A program that has head pose and expression from somewhere else (a game, a speech model, a tracker) sends them in the same way. A
-message holds 13 numbers of the head and 32 (mesh) or 63 (liveportrait) of the expression.
+message holds 10 numbers of the head, eyes and lips and 32 (mesh) or 63 (liveportrait) of the expression.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import math
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from lp_edge.client import Client, Motion
+from lp_edge.errors import LpEdgeError
 from lp_edge.runtime.face_motion import load_canonical
 from lp_edge.runtime.geometry import rotation_from_euler
 from lp_edge.runtime.gestures import builtin_template
@@ -66,16 +68,13 @@ def main() -> None:
     parser.add_argument("output", help="file to write")
     parser.add_argument("--target", default="127.0.0.1:50051", help="where lp-serve listens")
     parser.add_argument("--seconds", type=float, default=4.0)
-    parser.add_argument(
-        "--canonical", help="canonical.npz of the server's bundle, if it is not the built-in one"
-    )
+    parser.add_argument("--canonical", help="canonical.npz of a bundle other than the built-in one")
     args = parser.parse_args()
 
     canonical = None if args.canonical is None else load_canonical(Path(args.canonical))
     with Client(args.target, token=os.environ.get("LP_EDGE_TOKEN"), canonical=canonical) as client:
         info = client.info()
         layout = info.motion.layout  # the server's own: mesh coefficients or keypoints
-        numbers = 13 + info.motion.expression_size
         frames = face(client.neutral_motion(), info.family, args.seconds)
         portrait = client.register(args.portrait)
         with contextlib.ExitStack() as stack:
@@ -89,8 +88,12 @@ def main() -> None:
                     size = (frame.rgb.shape[1], frame.rgb.shape[0])
                     writer = stack.enter_context(open_writer(args.output, size, FPS))
                 writer.write(frame.rgb)
-        print(f"{args.output}: {0 if writer is None else writer.frames} frames from {numbers} numbers each")
+        count = 0 if writer is None else writer.frames
+        print(f"{args.output}: {count} frames from {10 + info.motion.expression_size} numbers each")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except LpEdgeError as error:
+        sys.exit(f"motion_driver.py: {error}")

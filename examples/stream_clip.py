@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import itertools
 import os
+import sys
 from collections.abc import Iterator
 from typing import Literal
 
@@ -18,6 +19,7 @@ import cv2
 
 from lp_edge.client import AnimateStream, Client, Frame
 from lp_edge.client.sources import Source, open_source
+from lp_edge.errors import LpEdgeError
 from lp_edge.runtime.media_write import open_writer
 
 TITLE = "lp-edge"
@@ -90,4 +92,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except LpEdgeError as error:
+        sys.exit(f"stream_clip.py: {error}")
