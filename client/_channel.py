@@ -216,6 +216,11 @@ class Stubs:
         self.animation: Any = animation_pb2_grpc.AnimationServiceStub(channel)
 
 
+def closed_error() -> ConfigError:
+    """The error for a call of a client that was closed."""
+    return ConfigError("a call of a client that was closed", "expected an open one", "open another one")
+
+
 def rpc_error(error: Any, target: str) -> LpEdgeError:
     """The error of lp-edge that a failed call stands for.
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lp_edge.client._base import ClientBase
 from lp_edge.client._book import ids_of
-from lp_edge.client._channel import Backoff, grpc, rpc_error
+from lp_edge.client._channel import Backoff, closed_error, grpc, rpc_error
 from lp_edge.client._jobs import (
     Download,
     Extraction,
@@ -297,6 +297,8 @@ class Client(ClientBase):
 
     async def _once(self, method: Any, request: Any) -> Any:
         """A single call with its deadline."""
+        if self._closed.is_set():
+            raise closed_error()
         try:
             return await method(request, timeout=self.settings.timeout_s, metadata=self.settings.metadata)
         except grpc.RpcError as error:
@@ -304,6 +306,8 @@ class Client(ClientBase):
 
     async def _stream(self, method: Any, requests: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
         """The answers of a call that sends ``requests``; an error of theirs is raised here."""
+        if self._closed.is_set():
+            raise closed_error()
         fault: list[BaseException] = []
         calls: list[Any] = []
 

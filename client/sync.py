@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from lp_edge.client._base import ClientBase
 from lp_edge.client._book import ids_of
-from lp_edge.client._channel import Backoff, grpc, rpc_error
+from lp_edge.client._channel import Backoff, closed_error, grpc, rpc_error
 from lp_edge.client._jobs import (
     Download,
     Extraction,
@@ -387,6 +387,8 @@ class Client(ClientBase):
 
     def _once(self, method: Any, request: Any) -> Any:
         """A single call with its deadline."""
+        if self._closed.is_set():
+            raise closed_error()
         try:
             return method(request, timeout=self.settings.timeout_s, metadata=self.settings.metadata)
         except grpc.RpcError as error:
@@ -394,6 +396,8 @@ class Client(ClientBase):
 
     def _stream(self, method: Any, requests: Iterator[Any]) -> Iterator[Any]:
         """The answers of a call that sends ``requests``; an error of theirs is raised here."""
+        if self._closed.is_set():
+            raise closed_error()
         fault: list[BaseException] = []
         begun: queue.SimpleQueue[Any] = queue.SimpleQueue()
 

@@ -723,10 +723,14 @@ async def _clip_motion(
                 for index, step in enumerate(steps):
                     yield _Read(index + 1, _microseconds(step.time), replace(step, rgb=None), driver)
 
+    began = time.perf_counter()
     async with aclosing(core.iterate(stream, read)) as reads:
         async for item in reads:
+            took = time.perf_counter() - began
             yield item
             stream.log.frames += 1
+            core.metrics.frame(stream.kind, {}, took)
+            began = time.perf_counter()
 
 
 class _Recorder:

@@ -863,3 +863,10 @@ def test_protocol_names_are_known() -> None:
     assert words == ["unknown", "none", "tracked", "reacquired", "lost", "motion"]
     assert face_state_from(99) == "unknown"
     assert animation_pb2.STREAM_MODE_LIVE == 1
+
+
+def test_a_closed_client_says_so(fake: Fake) -> None:
+    client = connect(fake)
+    client.close()
+    with pytest.raises(ConfigError, match="a client that was closed"):
+        client.info()
