@@ -47,7 +47,8 @@ def npm_ci(folder: Path, copy: Path, needs: str) -> Path:
 def lock_faults(folder: Path) -> list[str]:
     """What is wrong with the pins of ``package.json`` and ``package-lock.json``; empty = nothing.
 
-    Versions are exact, and every package comes from the public registry with a hash, wherever the lock file was written.
+    Versions are exact, and every package has a hash and no address: it comes from whatever registry npm is told to use, and must be
+    that package (``.npmrc`` beside it keeps npm from writing addresses).
     """
     manifest = json.loads((folder / "package.json").read_text(encoding="utf-8"))
     pins = {**manifest.get("dependencies", {}), **manifest.get("optionalDependencies", {})}
@@ -60,8 +61,8 @@ def lock_faults(folder: Path) -> list[str]:
     faults += [f"{name} is not locked" for name in pins if f"node_modules/{name}" not in packages]
     for path, package in packages.items():
         if path:
-            if not package.get("resolved", "").startswith("https://registry.npmjs.org/"):
-                faults.append(f"{path} comes from {package.get('resolved')}")
+            if "resolved" in package:
+                faults.append(f"{path} is tied to {package['resolved']}")
             if not package.get("integrity", "").startswith("sha512-"):
                 faults.append(f"{path} has no hash")
     return faults
