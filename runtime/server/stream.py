@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -425,13 +426,14 @@ class AnimateCall:
     def _stages(self) -> list[Awaitable[None]]:
         if self._live:
             return [self._one_by_one()]
+        networks = partial(self._core.compute, self._stream)
         decoded: asyncio.Queue[_Item | None] = asyncio.Queue(1)
         read: asyncio.Queue[_Item | None] = asyncio.Queue(1)
         drawn: asyncio.Queue[_Item | None] = asyncio.Queue(1)
         return [
-            self._stage(self._next, self._decode, decoded),
-            self._stage(decoded.get, self._read, read),
-            self._stage(read.get, self._draw, drawn),
+            self._stage(self._next, self._core.step, self._decode, decoded),
+            self._stage(decoded.get, networks, self._read, read),
+            self._stage(read.get, networks, self._draw, drawn),
             self._deliver_all(drawn),
         ]
 
@@ -459,12 +461,13 @@ class AnimateCall:
     async def _stage(
         self,
         take: Callable[[], Awaitable[_Item | None]],
+        run: Callable[..., Awaitable[None]],
         work: Callable[[_Item], None],
         out: asyncio.Queue[_Item | None],
     ) -> None:
-        """Frames from ``take`` through ``work``, which runs in a thread, into ``out``."""
+        """Frames from ``take`` through ``work``, which ``run`` does in a thread, into ``out``."""
         while (item := await take()) is not None:
-            await self._core.compute(self._stream, work, item)
+            await run(work, item)
             await out.put(item)
         await out.put(None)
 
