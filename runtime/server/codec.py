@@ -55,7 +55,6 @@ __all__ = [
     "decode_image",
     "decode_picture",
     "encode_frame",
-    "image_message",
     "limiting_pixels",
     "output_settings",
 ]
@@ -495,28 +494,6 @@ class _H264Encoder:
 
 
 # -- the client's side ----------------------------------------------------------------------------------
-
-
-def image_message(picture: bytes | U8) -> common_pb2.Image:
-    """A picture to send: the bytes of a JPEG, PNG or WebP file as they are, an array as plain pixels.
-
-    Args:
-        picture: a file's bytes, or uint8 ``[H, W, 3]`` RGB.
-
-    Raises:
-        MediaError: an array of another kind.
-    """
-    if isinstance(picture, bytes):
-        return common_pb2.Image(encoded=common_pb2.EncodedImage(data=picture))
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-        raise MediaError(
-            f"a picture array {picture.dtype}{list(picture.shape)}", "expected uint8 [H, W, 3]", "convert it"
-        )
-    height, width = picture.shape[:2]
-    raw = common_pb2.RawImage(
-        width=width, height=height, format=common_pb2.PIXEL_FORMAT_RGB24, data=picture.tobytes()
-    )
-    return common_pb2.Image(raw=raw)
 
 
 def decode_picture(picture: common_pb2.Picture, *, max_pixels: int = MAX_PIXELS) -> U8:

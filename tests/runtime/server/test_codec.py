@@ -24,7 +24,6 @@ from lp_edge.runtime.server.codec import (
     decode_image,
     decode_picture,
     encode_frame,
-    image_message,
     output_settings,
 )
 
@@ -400,17 +399,6 @@ def test_a_size_that_an_encoder_does_not_take_is_an_error_of_ours() -> None:
 
 
 # -- the client's side -------------------------------------------------------------------------------------
-
-
-def test_pictures_to_send() -> None:
-    rgb = picture()
-    np.testing.assert_array_equal(decode_image(image_message(rgb), LIMITS), rgb)
-    np.testing.assert_array_equal(decode_image(image_message(rgb[:, ::-1]), LIMITS), rgb[:, ::-1])
-    data = encode_image(rgb, ".png")
-    assert image_message(data).encoded.data == data
-    for wrong in (rgb[:, :, 0], rgb.astype(np.float32), np.zeros((4, 4, 4), np.uint8)):
-        with pytest.raises(MediaError, match="uint8"):
-            image_message(wrong)
 
 
 @settings(deadline=None)
