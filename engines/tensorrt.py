@@ -543,19 +543,24 @@ class TensorRtRunner(Runner):
         compute = self._compute
         # The slot's pinned memory may still be read for the call before: by its upload, or by the network itself.
         (slot.computed if self._cuda.integrated else slot.uploaded).synchronize()
-        addresses: dict[str, int] = {}
+        sources: dict[str, DeviceArray | DeviceBuffer | PinnedBuffer] = {}
+        written: list[CudaEvent] = []
         for name, array in feeds.items():
             if isinstance(array, DeviceArray):
-                compute.wait(array.stream.record())
-                source: DeviceArray | DeviceBuffer | PinnedBuffer = array
+                written.append(array.stream.record())
+                sources[name] = array
                 if array.pointer % _ALIGNMENT:
-                    source = slot.ports[name].take(array, slot.stream)
+                    sources[name] = slot.ports[name].take(array, slot.stream)
             else:
-                source = slot.ports[name].put(to_host(array), slot.stream)
-            source.use(compute)
-            addresses[name] = source.pointer
+                sources[name] = slot.ports[name].put(to_host(array), slot.stream)
         slot.stream.record(slot.uploaded)
-        with self._lock:
+        addresses: dict[str, int] = {}
+        with self._lock:  # nothing may touch the compute stream while another thread records it
+            for event in written:
+                compute.wait(event)
+            for name, source in sources.items():
+                source.use(compute)
+                addresses[name] = source.pointer
             lane = self._lane(slot, {name: tuple(array.shape) for name, array in feeds.items()}, addresses)
             compute.wait(slot.uploaded)
             self._launch(lane, compute)
@@ -574,7 +579,8 @@ class TensorRtRunner(Runner):
     def _settle(self, slot: _Slot) -> None:
         try:
             slot.stream.synchronize()
-            self._compute.synchronize()
+            with self._lock:  # waiting would spoil what another thread records
+                self._compute.synchronize()
         except LpEdgeError as error:
             _LOG.debug("%s: after a failure: %s", self.name, error)
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,34 @@ def test_threads(place: Place, toys: Path) -> None:
         for thread in threads:
             thread.join(30)
     assert wrong == []
+
+
+def test_a_record_holds_only_the_memory_of_its_own_call(
+    place: Place, toys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another call's memory grows and is given back, after which a record that holds it could not be launched."""
+    kind = place.trt.IExecutionContext
+    working = kind.execute_async_v3
+    others: list[threading.Thread] = []
+
+    with place.open(toys / WARP) as runner:
+
+        def meddled(self: Any, stream: int) -> bool:
+            if getattr(runner._cuda._here, "capturing", False) and not others:
+                others.append(threading.Thread(target=runner.infer, args=(feeds(2),)))
+                others[0].start()
+                time.sleep(0.2)  # the other call uploads, and waits for this one
+            return working(self, stream)
+
+        monkeypatch.setattr(kind, "execute_async_v3", meddled)
+        for _ in range(3):
+            assert red(runner.infer(feeds(1))) == {1}
+        assert others
+        others[0].join(30)
+        for (index, _), lane in runner._lanes.items():
+            ports = runner._slots[index].ports.values()
+            own = {id(memory) for port in ports for memory in (port._device, port._pinned)}
+            assert lane.graph is None or set(lane.graph._buffers) <= own
 
 
 def test_launches_of_two_threads_do_not_overlap(
