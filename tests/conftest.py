@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,10 @@ from lp_edge.engines.bundle import BundleWriter
 from lp_edge.runtime import topology
 
 TOYS = Path(__file__).resolve().parent / "toys"
+
+# A shell starts what runs in the background with Ctrl-C ignored, and processes inherit that: those that tests interrupt must not.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
