@@ -19,7 +19,7 @@ import onnx  # noqa: TID253
 
 from lp_edge.engines.external import is_beside
 from lp_edge.errors import ConfigError, ExportError
-from lp_edge.export.onnx_export import DEFAULT_DOMAINS, opset_of
+from lp_edge.export.opset import DEFAULT_DOMAINS, opset_of
 
 __all__ = ["RULES", "TARGETS", "Finding", "Severity", "Target", "check", "lint"]
 

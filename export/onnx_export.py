@@ -24,14 +24,13 @@ import torch  # noqa: TID253
 from torch.overrides import TorchFunctionMode  # noqa: TID253
 
 from lp_edge.errors import ExportError
+from lp_edge.export.opset import opset_of
 from lp_edge.runtime.image import cannot_write, create_beside
 
 __all__ = [
-    "DEFAULT_DOMAINS",
     "Shape",
     "export_onnx",
     "node_count",
-    "opset_of",
     "save",
     "serialise",
     "split_weights",
@@ -40,9 +39,6 @@ __all__ = [
 
 Shape = tuple[int | str, ...]
 """Sizes of a tensor; a text is the name of a dynamic axis."""
-
-DEFAULT_DOMAINS = frozenset({"", "ai.onnx"})
-"""The two spellings of the domain of ONNX's own operators."""
 
 _RANKS = {torch.conv2d: 2, torch.conv3d: 3}
 _OUTSIDE = 1024  # bytes from which a tensor goes into the file of weights
@@ -303,18 +299,6 @@ def state_shapes(model: onnx.ModelProto, shapes: Mapping[str, Shape]) -> None:
                 dim.dim_value = size
             else:
                 dim.dim_param = size
-
-
-def opset_of(model: onnx.ModelProto) -> int:
-    """Version of ONNX's own operator set that the model asks for.
-
-    Raises:
-        ExportError: the model asks for none.
-    """
-    for entry in model.opset_import:
-        if entry.domain in DEFAULT_DOMAINS:
-            return int(entry.version)
-    raise ExportError("the model names no opset", "expected one of ONNX's own operators", "export it again")
 
 
 def node_count(model: onnx.ModelProto) -> int:

@@ -15,7 +15,8 @@ from lp_edge.errors import BundleError, ConfigError
 from lp_edge.export.liveportrait import build as liveportrait
 from lp_edge.export.mesh import build as mesh
 from lp_edge.export.mesh.warp import MeshWarp
-from lp_edge.export.onnx_export import node_count, opset_of
+from lp_edge.export.onnx_export import node_count
+from lp_edge.export.opset import opset_of
 from lp_edge.runtime.face_motion import Canonical
 
 __all__ = ["verify_bundle"]

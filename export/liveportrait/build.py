@@ -39,7 +39,8 @@ from lp_edge.export.liveportrait.parity import (
     shapes_of,
 )
 from lp_edge.export.networks import LivePortraitNetworks
-from lp_edge.export.onnx_export import node_count, opset_of, serialise, split_weights
+from lp_edge.export.onnx_export import node_count, serialise, split_weights
+from lp_edge.export.opset import opset_of
 
 __all__ = [
     "FLAVORS",

@@ -23,7 +23,8 @@ from lp_edge.engines.bundle import Bundle, BundleWriter, builtin_directory, open
 from lp_edge.errors import ExportError
 from lp_edge.export.lint import TARGETS, check
 from lp_edge.export.mesh.warp import MeshWarp
-from lp_edge.export.onnx_export import Shape, export_onnx, node_count, opset_of, serialise, state_shapes
+from lp_edge.export.onnx_export import Shape, export_onnx, node_count, serialise, state_shapes
+from lp_edge.export.opset import opset_of
 from lp_edge.export.training import face_detector, face_mesh
 from lp_edge.runtime import topology
 from lp_edge.runtime.face_motion import Canonical

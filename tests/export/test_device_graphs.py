@@ -29,7 +29,8 @@ from lp_edge.engines.runner import to_host
 from lp_edge.errors import ConfigError, ExportError
 from lp_edge.export import device_graphs as graphs
 from lp_edge.export.lint import lint
-from lp_edge.export.onnx_export import opset_of, serialise
+from lp_edge.export.onnx_export import serialise
+from lp_edge.export.opset import opset_of
 from lp_edge.runtime.crop import cut
 from lp_edge.runtime.faces import CropTransform
 from lp_edge.runtime.paste_back import PastePlan, crop_mask, paste_back, soft_mask

@@ -19,7 +19,8 @@ torch = pytest.importorskip("torch")
 from lp_edge.errors import ExportError, OutputError
 from lp_edge.export import onnx_export
 from lp_edge.export.lint import TARGETS, lint
-from lp_edge.export.onnx_export import export_onnx, node_count, opset_of, save, serialise, split_weights
+from lp_edge.export.onnx_export import export_onnx, node_count, save, serialise, split_weights
+from lp_edge.export.opset import opset_of
 
 
 class Small(torch.nn.Module):
