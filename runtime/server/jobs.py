@@ -74,6 +74,7 @@ from lp_edge.runtime.server.core import Core, Stream
 from lp_edge.runtime.server.portraits import memory_of
 from lp_edge.runtime.server.stream import FrameWatch
 from lp_edge.runtime.server.wire import (
+    FrameOrder,
     animate_options,
     choice,
     face_state,
@@ -682,25 +683,19 @@ async def _frame_motion(
     """Motion of single frames; the next message is read when a frame has been answered."""
     animator = stream.device.animator
     reader = LiveReader(animator.family, animator.finder, options)
-    sequence, timestamp = 0, -1
+    order = FrameOrder()
     async for message in messages:
         frame: animation_pb2.DrivingFrame = _only(message, "frame")
-        if frame.sequence <= sequence or frame.timestamp_us <= timestamp:
-            raise ProtocolError(
-                f"frame {frame.sequence} at {frame.timestamp_us} us after frame {sequence} at {timestamp} us",
-                "expected a larger number, from 1 on, and a later time, from 0 on",
-                "send the frames in order",
-            )
+        order.follow(frame)
         if frame.WhichOneof("driver") != "image":
             raise ProtocolError(
                 f"frame {frame.sequence} has no picture", "expected one: its motion is asked for", "send it"
             )
-        sequence, timestamp = frame.sequence, frame.timestamp_us
         watch = FrameWatch()
         with watch("decode"):
             rgb = await core.codec(decode_image, frame.image, core.config.limits, None)
-        step = await core.compute(stream, reader.read, rgb, timestamp / 1e6, watch)
-        yield _Read(sequence, timestamp, replace(step, rgb=None))
+        step = await core.compute(stream, reader.read, rgb, frame.timestamp_us / 1e6, watch)
+        yield _Read(frame.sequence, frame.timestamp_us, replace(step, rgb=None))
         stream.log.frames += 1
         core.metrics.frame(stream.kind, watch.by_stage(), watch.elapsed)
 

@@ -46,6 +46,7 @@ from lp_edge.runtime.server.codec import (
 from lp_edge.runtime.server.core import Core, Stream, idle_error, stopping
 from lp_edge.runtime.server.portraits import StoredPortrait
 from lp_edge.runtime.server.wire import (
+    FrameOrder,
     animate_options,
     face_state,
     frame_timings,
@@ -158,7 +159,7 @@ class AnimateCall:
         self._starved = False
         self._options: common_pb2.AnimationOptions | None = None
         self._neutral: tuple[Motion | None] | None = None
-        self._sequence, self._timestamp = 0, -1
+        self._order = FrameOrder()
         self._kind: str | None = None
         self._taken = 0
         self._busy = 0
@@ -343,16 +344,7 @@ class AnimateCall:
 
     async def _take_in(self, frame: animation_pb2.DrivingFrame) -> None:
         """Check a frame and put it in the inbox, which in lossless mode may have to wait for room."""
-        if frame.sequence > 2**63 - 1 or frame.sequence <= self._sequence:
-            raise ProtocolError(
-                f"sequence {frame.sequence} after {self._sequence}", "expected a larger one", "count up"
-            )
-        if frame.timestamp_us <= self._timestamp:
-            raise ProtocolError(
-                f"timestamp_us {frame.timestamp_us} after {self._timestamp}",
-                "expected a later one",
-                "send in order",
-            )
+        self._order.follow(frame)
         kind = frame.WhichOneof("driver")
         if kind is None or self._kind not in (None, kind):
             raise ProtocolError(
@@ -360,7 +352,7 @@ class AnimateCall:
                 f"expected {self._kind or 'a picture or motion'}",
                 "keep to one kind in a stream",
             )
-        self._sequence, self._timestamp, self._kind = frame.sequence, frame.timestamp_us, kind
+        self._kind = kind
         item = _Item(frame, size=frame.ByteSize())
         if kind == "motion":
             item.motion = motion_from_message(frame.motion, self._space)

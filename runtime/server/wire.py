@@ -31,7 +31,7 @@ from lp_edge.errors import (
     ProtocolError,
     ServerUnavailable,
 )
-from lp_edge.proto.v1 import common_pb2, portraits_pb2, server_pb2
+from lp_edge.proto.v1 import animation_pb2, common_pb2, portraits_pb2, server_pb2
 from lp_edge.runtime.crop import CropOptions
 from lp_edge.runtime.edit import OPEN_EYE, SLIDERS, Edits, slider_name
 from lp_edge.runtime.face_motion import Canonical, motion_from_points
@@ -44,6 +44,7 @@ from lp_edge.runtime.templates import KEYPOINTS, MAGNITUDES, MIN_SCALE
 __all__ = [
     "ERROR_METADATA",
     "RETRY_METADATA",
+    "FrameOrder",
     "MotionSpace",
     "animate_options",
     "choice",
@@ -232,6 +233,27 @@ def edit_infos() -> list[server_pb2.EditInfo]:
         )
         for name, s in SLIDERS.items()
     ]
+
+
+class FrameOrder:
+    """The order of a stream's frames: numbers from 1 on and times from 0 on, both growing.
+
+    Attributes:
+        sequence, timestamp_us: of the newest frame; 0 and -1 before the first.
+    """
+
+    def __init__(self) -> None:
+        self.sequence, self.timestamp_us = 0, -1
+
+    def follow(self, frame: animation_pb2.DrivingFrame) -> None:
+        """Take the next frame. ProtocolError: it does not come after the last one."""
+        if not self.sequence < frame.sequence < 1 << 63 or frame.timestamp_us <= self.timestamp_us:
+            raise ProtocolError(
+                f"frame {frame.sequence} at {frame.timestamp_us} us after frame {self.sequence} at {self.timestamp_us} us",
+                "expected a larger number, from 1 to 2^63 - 1, and a later time, from 0 on",
+                "send the frames in order",
+            )
+        self.sequence, self.timestamp_us = frame.sequence, frame.timestamp_us
 
 
 # -- motion ---------------------------------------------------------------------------------------------
