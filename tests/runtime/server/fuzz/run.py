@@ -301,14 +301,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--first", type=int, default=0, help="number of the first call (with --count 1: that one alone)"
     )
     parser.add_argument(
-        "--bundle", help="networks (default: the built-in ones; those of the tests are faster)"
+        "--bundle",
+        required=True,
+        help="folder of the tests' networks (fixture toy_bundle); others find no face in the corpus",
     )
     parser.add_argument("--save", type=Path, help="folder for the calls that failed")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
         folder = Path(scratch) / "tmp"
         folder.mkdir()
-        bundle = ["--bundle", options.bundle] if options.bundle else []
+        bundle = ["--bundle", options.bundle]
         args = ["--listen", "127.0.0.1:0", "--backend", "cpu", "--json", *map(str, OPTIONS), *bundle]
         server = ServeProcess(args, {"TMPDIR": str(folder)}, Path(scratch) / "log")
         try:
