@@ -35,7 +35,7 @@ from lp_edge.runtime.server.tracing import stream_span
 from lp_edge.runtime.server.wire import MotionSpace
 from lp_edge.runtime.shared_frames import sweep
 
-__all__ = ["Core", "Device", "Stream", "idle_error", "stopping"]
+__all__ = ["Core", "Device", "Stream", "count_frame", "idle_error", "stopping"]
 
 _LOG = logging.getLogger("lp_edge")
 
@@ -383,6 +383,12 @@ async def _joined(future: Future[T], stop: Callable[[], None] = lambda: None) ->
             if not waiting.cancelled():
                 waiting.exception()  # nobody else will ask for it
         raise
+
+
+def count_frame(core: Core, stream: Stream, stages: Mapping[str, float], seconds: float) -> None:
+    """Count an answered frame in the stream's log and the metrics; see :meth:`Metrics.frame`."""
+    stream.log.frames += 1
+    core.metrics.frame(stream.kind, stages, seconds)
 
 
 def stopping() -> ServerUnavailable:

@@ -55,7 +55,7 @@ from lp_edge.runtime.server import jobs
 from lp_edge.runtime.server.access import Tokens
 from lp_edge.runtime.server.codec import OutputSettings, decode_image
 from lp_edge.runtime.server.config import ServerConfig
-from lp_edge.runtime.server.core import Core, Stream, idle_error
+from lp_edge.runtime.server.core import Core, Stream, count_frame, idle_error
 from lp_edge.runtime.server.jobs import RenderedFrame, Upload
 from lp_edge.runtime.server.wire import error_metadata
 from lp_edge.runtime.settings import SETTINGS, read_setting, with_settings
@@ -92,7 +92,6 @@ _FILES = ("picture", "driving")
 _MAX_FIELD_BYTES = 64 << 10  # of all fields together
 _MAX_HEADER_BYTES = 4096
 _RESULT_S = 600.0
-_RETRY_S = 1.0
 
 
 # -- the interface in words ------------------------------------------------------------------------------------
@@ -589,7 +588,7 @@ async def _animate(core: Core, request: Request) -> AsyncGenerator[_Event, None]
             frames = jobs.render_mp4(core, stream, source, driver, options, output, path, sound=sound)
             async with aclosing(frames):
                 async for frame in frames:
-                    jobs.count_frame(core, stream, frame)
+                    count_frame(core, stream, frame.watch.by_stage(), frame.watch.elapsed)
                     last = frame
                     yield frame
         if last is not None:

@@ -70,7 +70,7 @@ from lp_edge.runtime.server.codec import (
     output_settings,
 )
 from lp_edge.runtime.server.config import Limits
-from lp_edge.runtime.server.core import Core, Stream
+from lp_edge.runtime.server.core import Core, Stream, count_frame
 from lp_edge.runtime.server.portraits import memory_of
 from lp_edge.runtime.server.stream import FrameWatch
 from lp_edge.runtime.server.wire import (
@@ -92,7 +92,6 @@ __all__ = [
     "Upload",
     "builtin",
     "check_clip",
-    "count_frame",
     "extract_motion",
     "file_chunks",
     "load_upload",
@@ -696,8 +695,7 @@ async def _frame_motion(
             rgb = await core.codec(decode_image, frame.image, core.config.limits, None)
         step = await core.compute(stream, reader.read, rgb, frame.timestamp_us / 1e6, watch)
         yield _Read(frame.sequence, frame.timestamp_us, replace(step, rgb=None))
-        stream.log.frames += 1
-        core.metrics.frame(stream.kind, watch.by_stage(), watch.elapsed)
+        count_frame(core, stream, watch.by_stage(), watch.elapsed)
 
 
 async def _clip_motion(
@@ -723,8 +721,7 @@ async def _clip_motion(
         async for item in reads:
             took = time.perf_counter() - began
             yield item
-            stream.log.frames += 1
-            core.metrics.frame(stream.kind, {}, took)
+            count_frame(core, stream, {}, took)
             began = time.perf_counter()
 
 
@@ -913,7 +910,7 @@ async def _answer_frames(
                 )
                 yield animation_pb2.RenderResponse(frame=message)
                 finished = _finished(frame, *output.size(frame.rgb.shape[1], frame.rgb.shape[0]))
-                count_frame(core, stream, frame)
+                count_frame(core, stream, frame.watch.by_stage(), frame.watch.elapsed)
     yield animation_pb2.RenderResponse(finished=finished)
 
 
@@ -950,7 +947,7 @@ async def _answer_mp4(
     async with aclosing(render_mp4(core, stream, source, driving, options, output, path)) as frames:
         async for frame in frames:
             finished = _finished(frame, frame.rgb.shape[1], frame.rgb.shape[0])
-            count_frame(core, stream, frame)
+            count_frame(core, stream, frame.watch.by_stage(), frame.watch.elapsed)
             if pace.due():
                 yield animation_pb2.RenderResponse(progress=_progress(finished.frames, frame.expected))
     yield animation_pb2.RenderResponse(
@@ -966,9 +963,3 @@ def _finished(frame: RenderedFrame, width: int, height: int) -> animation_pb2.Re
     """What is said at the end when ``frame`` was the last one."""
     rate = common_pb2.FrameRate(numerator=frame.fps.numerator, denominator=frame.fps.denominator)
     return animation_pb2.RenderFinished(frames=frame.index + 1, frame_rate=rate, width=width, height=height)
-
-
-def count_frame(core: Core, stream: Stream, frame: RenderedFrame) -> None:
-    """Count a frame in the log and the metrics."""
-    stream.log.frames += 1
-    core.metrics.frame(stream.kind, frame.watch.by_stage(), frame.watch.elapsed)

@@ -43,7 +43,7 @@ from lp_edge.runtime.server.codec import (
     encode_frame,
     output_settings,
 )
-from lp_edge.runtime.server.core import Core, Stream, idle_error, stopping
+from lp_edge.runtime.server.core import Core, Stream, count_frame, idle_error, stopping
 from lp_edge.runtime.server.portraits import StoredPortrait
 from lp_edge.runtime.server.wire import (
     FrameOrder,
@@ -541,8 +541,7 @@ class AnimateCall:
             frame.motion.CopyFrom(motion_to_message(item.step.motion, self._space, self._layout))
         await self._answer(Response(frame=frame))
         self._busy -= 1
-        log.frames += 1
-        self._core.metrics.frame("animate", item.watch.by_stage(), item.watch.elapsed)
+        count_frame(self._core, self._stream, item.watch.by_stage(), item.watch.elapsed)
         self._heard = time.monotonic()
 
     def _encode(self, item: _Item, slots: Sequence[int]) -> list[common_pb2.Picture]:

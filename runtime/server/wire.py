@@ -441,8 +441,6 @@ def motion_to_message(motion: Motion, space: MotionSpace, layout: int = 0) -> co
 
 # -- times ----------------------------------------------------------------------------------------------
 
-_MAX_UINT32 = 2**32 - 1
-
 
 def frame_timings(
     received_ns: int, stages: Iterable[tuple[str, float, float]], total_s: float
