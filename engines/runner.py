@@ -7,7 +7,7 @@ for all backends, so a backend only fills in :meth:`Runner._infer`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -20,12 +20,12 @@ from lp_edge.errors import EngineError, TensorError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Array", "Runner", "TensorSpec", "to_host"]
+__all__ = ["Array", "Runner", "TensorSpec", "fetch", "to_host"]
 
 
 @runtime_checkable
 class Array(Protocol):
-    """A dense tensor, on the host (``numpy.ndarray``, the only kind today) or on a device (later backends).
+    """A dense tensor, on the host (``numpy.ndarray``) or on a device (:class:`lp_edge.engines.device.DeviceArray`).
 
     Whoever needs the numbers on the host calls :func:`to_host` (or ``numpy.asarray``), which is free for NumPy
     arrays and a transfer for device arrays. Handing an array from one runner to the next needs no such call.
@@ -47,6 +47,24 @@ def to_host(array: Array) -> npt.NDArray[Any]:
     """The array as a C-contiguous ``numpy.ndarray``; the same object where it already is one."""
     # asarray with order="C" keeps zero axes as they are; ascontiguousarray would make them one.
     return np.asarray(array, order="C")
+
+
+def fetch(array: Array) -> Callable[[], npt.NDArray[Any]]:
+    """Begin to bring an array to the host; the function that comes back waits and returns it.
+
+    The result is C-contiguous and read-only by convention: it may be memory that the device copied into. Begin first, do
+    something else, then wait: the copy runs meanwhile.
+
+    Example:
+        >>> wait = fetch(np.arange(3))
+        >>> wait()
+        array([0, 1, 2])
+    """
+    begin = getattr(array, "fetch", None)
+    if begin is None:
+        return lambda: to_host(array)
+    waiting: Callable[[], npt.NDArray[Any]] = begin()
+    return waiting
 
 
 @dataclass(frozen=True)
@@ -120,13 +138,45 @@ class Runner(ABC):
         """
         return False
 
-    def infer(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+    @property
+    def resident(self) -> bool:
+        """Whether results can stay on a device, and arrays be brought there for longer than a call."""
+        return False
+
+    @property
+    def max_batch(self) -> int | None:
+        """Largest size of the batch axis; None = no bound but memory."""
+        return None
+
+    def upload(self, array: npt.NDArray[Any]) -> Array:
+        """A copy of a host array where this runner reads it fastest; the array itself where that is the host.
+
+        For what many calls read: the features of a portrait, the pixels of a still picture.
+
+        Raises:
+            LimitError: there is no memory for it.
+        """
+        return array
+
+    def concatenate(self, arrays: Sequence[Array]) -> Array:
+        """Arrays laid together along the first axis, where this runner reads them fastest.
+
+        Args:
+            arrays: one or more, of the same dtype and alike in all axes but the first; one alone comes back as it is.
+        """
+        return arrays[0] if len(arrays) == 1 else np.concatenate([to_host(array) for array in arrays])
+
+    def infer(
+        self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None, *, keep: bool = False
+    ) -> dict[str, Array]:
         """Run the network once.
 
         Args:
             feeds: exactly the inputs of the graph by name, with the dtype and shape of their specification.
                 Arrays that are not contiguous are copied. They are only read.
             outputs: names of the outputs wanted; None = all. A backend may skip what is not wanted.
+            keep: leave the results where the network computes them. A :attr:`resident` runner returns before they are
+                written, as arrays on its device that know what to wait for; any other ignores it.
 
         Returns:
             The outputs by name: copies owned by the caller, or loans (see :attr:`loans`).
@@ -143,7 +193,7 @@ class Runner(ABC):
             )
         wanted = self._wanted(outputs)
         staged = self._checked(feeds)
-        results = self._infer(staged, wanted)
+        results = self._infer_kept(staged, wanted) if keep and self.resident else self._infer(staged, wanted)
         if missing := [name for name in wanted if name not in results]:
             raise EngineError(
                 f"{self._name}: backend {self.backend} did not return {', '.join(missing)}",
@@ -171,6 +221,10 @@ class Runner(ABC):
     @abstractmethod
     def _infer(self, feeds: Mapping[str, Array], outputs: tuple[str, ...]) -> dict[str, Array]:
         """Run with validated, staged feeds and return at least ``outputs``; EngineError on failure."""
+
+    def _infer_kept(self, feeds: Mapping[str, Array], outputs: tuple[str, ...]) -> dict[str, Array]:
+        """As :meth:`_infer`, with results on the device; for backends that are :attr:`resident`."""
+        return self._infer(feeds, outputs)
 
     @abstractmethod
     def _close(self) -> None:
