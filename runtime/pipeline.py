@@ -9,7 +9,7 @@ iterable in a thread of its own and hands its items over through a queue of fixe
 What is promised:
 
 * memory: at most ``size`` finished items wait between two stages, plus one in every thread;
-* order: items leave in the order in which they came, also from a stage with several threads;
+* order: items leave in the order in which they came;
 * errors: an exception of any thread is raised in the caller, the same object with its own traceback, after
   the items that were finished before it; everything upstream is told to stop at once;
 * ends: when the consumer stops early (``close``, an exception, Ctrl-C), every thread ends after the item
@@ -19,17 +19,14 @@ What is promised:
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from lp_edge.errors import ConfigError
 
-__all__ = ["Pipeline", "Prefetch", "Stage", "StageStats", "prefetch", "run_pipeline"]
+__all__ = ["Prefetch", "prefetch"]
 
 T = TypeVar("T")
 
@@ -218,167 +215,3 @@ def prefetch(iterable: Iterable[T], size: int = DEFAULT_QUEUE_SIZE, name: str = 
         [0, 1, 2]
     """
     return Prefetch(iterable, size, name)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One step of a pipeline.
-
-    Attributes:
-        fn: called with each item, returns what goes on to the next stage.
-        name: for threads, logs and statistics.
-        threads: how many calls of ``fn`` may run at once (1 or more); results keep their order. With more
-            than one, ``fn`` must not depend on the order of the calls.
-    """
-
-    fn: Callable[[Any], Any]
-    name: str
-    threads: int = 1
-
-    def __post_init__(self) -> None:
-        if self.threads < 1:
-            raise ConfigError(f"stage {self.name} with {self.threads} threads", "expected 1 or more")
-
-
-@dataclass
-class StageStats:
-    """What a stage did so far. ``busy`` sums the seconds inside the stage's own function (all its threads);
-    ``seconds`` keeps the duration of each of the last :attr:`KEEP` calls, for percentiles."""
-
-    name: str
-    count: int = 0
-    busy: float = 0.0
-    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=10_000))
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
-
-    def add(self, seconds: float) -> None:
-        """Count one call that took ``seconds``; safe from several threads."""
-        with self._lock:
-            self.count += 1
-            self.busy += seconds
-            self.seconds.append(seconds)
-
-
-def _timed_source(source: Iterable[Any], stats: StageStats) -> Iterator[Any]:
-    iterator = iter(source)
-    try:
-        while True:
-            start = time.perf_counter()
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
-            stats.add(time.perf_counter() - start)
-            yield item
-    finally:
-        _close(iterator)
-
-
-def _timed_call(fn: Callable[[Any], Any], item: Any, stats: StageStats) -> Any:
-    start = time.perf_counter()
-    result = fn(item)
-    stats.add(time.perf_counter() - start)
-    return result
-
-
-def _run_stage(upstream: Prefetch[Any], stage: Stage, stats: StageStats) -> Iterator[Any]:
-    if stage.threads == 1:
-        try:
-            for item in upstream:
-                yield _timed_call(stage.fn, item, stats)
-        finally:
-            upstream.close()
-        return
-    pool = ThreadPoolExecutor(stage.threads, thread_name_prefix=f"lp-edge {stage.name}")
-    waiting: deque[Future[Any]] = deque()
-    try:
-        error: Exception | None = None
-        more = True
-        while more:
-            try:
-                waiting.append(pool.submit(_timed_call, stage.fn, next(upstream), stats))
-            except StopIteration:
-                more = False
-            except Exception as caught:  # noqa: BLE001 - raised below, behind the items before it
-                error, more = caught, False
-            while waiting and (not more or len(waiting) > stage.threads):
-                yield waiting.popleft().result()
-        if error is not None:
-            raise error
-    finally:
-        upstream.stop()
-        pool.shutdown(wait=True, cancel_futures=True)
-        upstream.close()
-
-
-class Pipeline(Iterator[Any]):
-    """``source`` and ``stages``, each in its own thread(s), as one iterator of results.
-
-    Args:
-        source: the items.
-        stages: run one after the other on every item.
-        queue_size: items that may wait between two stages.
-
-    Attributes:
-        stats: one :class:`StageStats` for the source (named ``source``) and one per stage, in order.
-
-    Use it as a context manager, or call :meth:`close` when stopping early.
-    """
-
-    def __init__(
-        self, source: Iterable[Any], stages: Sequence[Stage], queue_size: int = DEFAULT_QUEUE_SIZE
-    ) -> None:
-        self.stats: list[StageStats] = [StageStats("source")]
-        self._links: list[Prefetch[Any]] = [
-            prefetch(_timed_source(source, self.stats[0]), queue_size, "source")
-        ]
-        for stage in stages:
-            stats = StageStats(stage.name)
-            self.stats.append(stats)
-            self._links.append(prefetch(_run_stage(self._links[-1], stage, stats), queue_size, stage.name))
-
-    def __iter__(self) -> Pipeline:
-        return self
-
-    def __next__(self) -> Any:
-        try:
-            return next(self._links[-1])
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """End all threads and wait for them. May be called more than once."""
-        for link in self._links:  # wake everybody first: a stage may be waiting for one further up
-            link.stop()
-        for link in reversed(self._links):
-            link.close()
-
-    def __enter__(self) -> Pipeline:  # noqa: PYI034 - Self needs Python 3.11
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def run_pipeline(
-    source: Iterable[Any],
-    stages: Sequence[Stage],
-    sink: Callable[[Any], object],
-    queue_size: int = DEFAULT_QUEUE_SIZE,
-) -> list[StageStats]:
-    """Run a whole pipeline; ``sink`` is called in the caller's thread with every result, in order.
-
-    Returns:
-        Statistics of the source, every stage, and the sink (named ``sink``).
-
-    Raises:
-        whatever the source, a stage or the sink raises, with its own traceback; all threads have ended by then.
-    """
-    stats = StageStats("sink")
-    with Pipeline(source, stages, queue_size) as pipeline:
-        for item in pipeline:
-            _timed_call(sink, item, stats)
-    return [*pipeline.stats, stats]

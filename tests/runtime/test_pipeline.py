@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from lp_edge.errors import ConfigError
-from lp_edge.runtime.pipeline import Pipeline, Stage, StageStats, prefetch, run_pipeline
+from lp_edge.runtime.pipeline import Prefetch, prefetch
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
@@ -140,59 +140,46 @@ def test_a_container_is_not_closed() -> None:
 def test_queue_without_room_is_refused(size: int) -> None:
     with pytest.raises(ConfigError, match="queue size"):
         prefetch([1], size, "none")
-    with pytest.raises(ConfigError, match="threads"):
-        Stage(str, "none", threads=size)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
-@pytest.mark.parametrize("queue_size", [1, 4])
-def test_pipeline_keeps_the_order_also_when_later_items_are_faster(threads: int, queue_size: int) -> None:
-    def uneven(i: int) -> int:
-        time.sleep(0.004 if i % 3 == 0 else 0.0)
-        return i * i
-
-    got: list[str] = []
-    stages = [Stage(uneven, "square", threads), Stage(str, "text")]
-    stats = run_pipeline(range(40), stages, got.append, queue_size)
-    assert got == [str(i * i) for i in range(40)]
-    assert [(s.name, s.count) for s in stats] == [("source", 40), ("square", 40), ("text", 40), ("sink", 40)]
-    assert stats[1].busy >= 14 * 0.004
+def chained(source: Iterator[int], *stages: Callable[[int], int], size: int = 2) -> Prefetch[int]:
+    """Stages in threads of their own, as the animator nests them."""
+    link = prefetch(source, size, "source")
+    for number, stage in enumerate(stages):
+        link = prefetch(_stage(link, stage), size, f"stage {number}")
+    return link
 
 
-def test_stages_overlap() -> None:
+def _stage(upstream: Prefetch[int], work: Callable[[int], int]) -> Iterator[int]:
+    with upstream:
+        for item in upstream:
+            yield work(item)
+
+
+def test_nested_stages_overlap() -> None:
+    """Each stage finishes an item only when the other one is at work too."""
+    together = threading.Barrier(2, timeout=10)
+
     def slow(i: int) -> int:
-        time.sleep(0.02)
+        together.wait()
         return i
 
-    start = time.perf_counter()
-    run_pipeline(range(15), [Stage(slow, "a"), Stage(slow, "b"), Stage(slow, "c")], slow)
-    # One after the other it is 15 * 4 * 20 ms = 1.2 s; overlapped 0.36 s.
-    assert time.perf_counter() - start < 0.9
-
-
-def test_a_stage_with_threads_runs_calls_at_once() -> None:
-    barrier = threading.Barrier(3, timeout=10)
-
-    def together(i: int) -> int:
-        barrier.wait()
-        return i
-
-    with Pipeline(range(9), [Stage(together, "together", 3)]) as pipeline:
-        assert list(pipeline) == list(range(9))
+    # the last item of the first stage meets nobody
+    got = list(chained(iter(range(9)), lambda i: slow(i) if i else i, lambda i: slow(i) if i < 8 else i))
+    assert got == list(range(9))
 
 
 def test_work_in_flight_is_bounded() -> None:
     source = Source(10_000)
-    with Pipeline(source(), [Stage(lambda i: i, "one"), Stage(lambda i: i, "two", 3)], 2) as pipeline:
-        next(pipeline)
+    with chained(source(), int, int) as link:
+        next(link)
         time.sleep(0.1)
-        # Three queues of 2, one item in the hand of each of three threads, up to 4 in the pool, 1 delivered.
-        assert source.taken <= 14
+        # Three queues of 2, one item in the hand of each of three threads, 1 delivered.
+        assert source.taken <= 10
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("where", ["source", "first", "last", "sink"])
-def test_an_error_anywhere_ends_the_run_at_once(where: str, threads: int) -> None:
+@pytest.mark.parametrize("where", ["source", "first", "last"])
+def test_an_error_anywhere_ends_the_run_at_once(where: str) -> None:
     source = Source(10**9, fail_at=7 if where == "source" else None)
 
     def stage(name: str) -> Callable[[int], int]:
@@ -204,32 +191,19 @@ def test_an_error_anywhere_ends_the_run_at_once(where: str, threads: int) -> Non
         return work
 
     got: list[int] = []
-
-    def sink(i: int) -> None:
-        stage("sink")(i)
-        got.append(i)
-
     start = time.monotonic()
     with pytest.raises(ValueError, match="item 7") as caught:
-        run_pipeline(source(), [Stage(stage("first"), "first", threads), Stage(stage("last"), "last")], sink)
+        got.extend(chained(source(), stage("first"), stage("last")))
     assert time.monotonic() - start < 5
     assert got == list(range(7))
     assert any(f.name in ("work", "__call__") for f in traceback.extract_tb(caught.value.__traceback__))
-    assert source.closed_in == "lp-edge source"
+    assert wait_until(lambda: source.closed_in == "lp-edge source")
 
 
-def test_stop_iteration_from_a_stage_is_an_error_not_an_end() -> None:
-    def work(i: int) -> int:
-        raise StopIteration
-
-    with pytest.raises(RuntimeError, match="StopIteration"):
-        run_pipeline(range(3), [Stage(work, "odd")], print)
-
-
-def test_early_stop_of_a_pipeline() -> None:
+def test_early_stop_of_nested_stages() -> None:
     source = Source(10**9)
-    with Pipeline(source(), [Stage(lambda i: i + 1, "a", 2), Stage(lambda i: i + 1, "b")]) as pipeline:
-        assert [next(pipeline) for _ in range(4)] == [2, 3, 4, 5]
+    with chained(source(), lambda i: i + 1, lambda i: i + 1) as link:
+        assert [next(link) for _ in range(4)] == [2, 3, 4, 5]
     assert source.closed_in == "lp-edge source"
 
 
@@ -241,35 +215,31 @@ def test_closing_wakes_a_stage_that_waits_for_a_slow_source() -> None:
         release.wait(10)
         yield 1
 
-    pipeline = Pipeline(slow(), [Stage(lambda i: i, "a"), Stage(lambda i: i, "b")])
-    assert next(pipeline) == 0
-    closing = threading.Thread(target=pipeline.close)
+    link = chained(slow(), int, int)
+    assert next(link) == 0
+    closing = threading.Thread(target=link.close)
     closing.start()
     release.set()
     closing.join(5)
     assert not closing.is_alive()
 
 
-def test_stats_keep_the_newest_durations_only() -> None:
-    stats = StageStats("x")
-    for _ in range(20_000):
-        stats.add(0.5)
-    assert stats.count == 20_000 and stats.busy == pytest.approx(10_000.0)
-    assert len(stats.seconds) == 10_000
-
-
 def test_ctrl_c_in_the_caller_ends_all_threads() -> None:
     program = """
 import itertools, threading, time
-from lp_edge.runtime.pipeline import Stage, run_pipeline
+from lp_edge.runtime.pipeline import prefetch
 
-def slow(i):
-    time.sleep(0.01)
-    return i
+def slow(items):
+    with items:
+        for item in items:
+            time.sleep(0.01)
+            yield item
 
 try:
     print("started", flush=True)
-    run_pipeline(itertools.count(), [Stage(slow, "a", 2), Stage(slow, "b")], lambda i: None)
+    with prefetch(slow(prefetch(slow(prefetch(itertools.count(), 2)), 2)), 2) as items:
+        for item in items:
+            pass
 except KeyboardInterrupt:
     left = [t.name for t in threading.enumerate() if t.name.startswith("lp-edge")]
     print("left", left, flush=True)
