@@ -29,12 +29,13 @@ The primary context of the device, which ONNX Runtime, TensorRT and PyTorch use 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -66,7 +67,9 @@ __all__ = [
     "DeviceBuffer",
     "OnDevice",
     "PinnedBuffer",
+    "SharedCuda",
     "open_cuda",
+    "shared_cuda",
 ]
 
 _LOG = logging.getLogger("lp_edge")
@@ -228,11 +231,10 @@ class _Block:
 class _Buffer(_Closing):
     """Memory of a pool; goes back by ``close``, or some time after the object was dropped."""
 
-    def __init__(self, cuda: Cuda, pool: _Pool, nbytes: int, stream: CudaStream | None = None) -> None:
-        self._block: _Block | None = None
+    def __init__(self, cuda: Cuda, nbytes: int, block: _Block) -> None:
+        self._block: _Block | None = block
         self.cuda: Final = cuda
         self.nbytes: Final = nbytes
-        self._block = pool.take(nbytes, stream)
 
     @property
     def closed(self) -> bool:
@@ -294,10 +296,17 @@ class PinnedBuffer(_Buffer):
     ``mapped``: the device sees the same memory (integrated GPUs), so nothing has to be copied.
     """
 
+    _left = 0  # the address, when it outlives its Cuda
+
     def __init__(self, cuda: Cuda, nbytes: int) -> None:
-        super().__init__(cuda, cuda._pinned, nbytes)
+        super().__init__(cuda, nbytes, cuda._pinned.take(nbytes, None))
         self.mapped: Final = cuda.integrated
         self._mapping = 0
+
+    def __del__(self) -> None:
+        super().__del__()
+        if left := self.__dict__.get("_left"):
+            self.cuda._free_left(left)
 
     @property
     def address(self) -> int:
@@ -325,7 +334,8 @@ class PinnedBuffer(_Buffer):
     def array(
         self, dtype: npt.DTypeLike, shape: Sequence[int] | None = None, offset: int = 0
     ) -> npt.NDArray[Any]:
-        """A writable view as an array, which keeps the memory from being given back when this object is dropped.
+        """A writable view as an array, which keeps the memory from being given back when this object is dropped, and from being
+        freed when the :class:`Cuda` is closed.
 
         Not to be used after ``close``, nor to be read or written while queued work uses it.
 
@@ -342,6 +352,8 @@ class PinnedBuffer(_Buffer):
             (self.nbytes - offset) // kind.itemsize if shape is None else int(np.prod(shape, dtype=np.int64))
         )
         _fits(self, offset, count * kind.itemsize)
+        with self.cuda._lock:
+            self.cuda._viewed.add(self)
         flat: npt.NDArray[Any] = np.asarray(self)[offset : offset + count * kind.itemsize].view(kind)
         return flat if shape is None else flat.reshape(tuple(shape))
 
@@ -363,7 +375,8 @@ class _Pool:
         cuda._tidy()
         size = size_class(nbytes)
         with cuda._lock:
-            for block in self._idle.values():
+            # The newest first: the same few addresses come again, for which graphs are recorded, and those are still cached.
+            for block in reversed(self._idle.values()):
                 if block.size == size and all(user is stream or event.done for user, event in block.events):
                     self._remove(block)
                     return _Block(
@@ -378,9 +391,26 @@ class _Pool:
         cuda._own(self._free, pointer)
         return _Block(self, pointer, size)
 
+    def take_at(self, pointer: int, nbytes: int, stream: CudaStream) -> _Block | None:
+        """The idle block at an address, with ``stream`` waiting for its users; None when there is none so large."""
+        cuda = self._cuda
+        cuda._outside_capture("memory cannot be allocated")
+        cuda._tidy()
+        with cuda._lock:
+            block = self._idle.get(pointer)
+            if block is None or block.size < nbytes:
+                return None
+            for user, event in block.events:
+                if user is not stream:
+                    stream.wait(event)
+            self._remove(block)
+            return _Block(self, pointer, block.size, {stream} if block.events else set())
+
     def put(self, block: _Block) -> None:
         """Take a block back; what is above the bound is freed, the longest idle first."""
-        block.events = [(user, user.record()) for user in block.streams if user._handle and not user.done]
+        # A stream that is closed, or whose Cuda is, has nothing to do any more.
+        users = [user for user in block.streams if user._handle and not user._cuda.closed and not user.done]
+        block.events = [(user, user.record()) for user in users]
         block.streams = set()
         self._idle[block.pointer] = block
         self.idle_bytes += block.size
@@ -503,9 +533,10 @@ def _pinned_owner(array: npt.NDArray[Any]) -> PinnedBuffer | None:
 # -- the device ---------------------------------------------------------------------------------
 
 _NON_BLOCKING: Final = 1  # cudaStreamNonBlocking
-_NO_TIMING: Final = 2  # cudaEventDisableTiming
+_BLOCKING, _NO_TIMING = 1, 2  # cudaEventBlockingSync, cudaEventDisableTiming
 _PORTABLE, _MAPPED = 1, 2  # cudaHostAllocPortable, cudaHostAllocMapped
 _UP, _DOWN, _ACROSS = 1, 2, 3  # cudaMemcpyKind
+_TRANSFERS: Final = 4  # streams for copies: what waits in one holds up the others of that one
 _THREAD_LOCAL: Final = 1  # cudaStreamCaptureModeThreadLocal: other threads are not held up by a capture
 
 # cudaDeviceAttr
@@ -539,6 +570,10 @@ class Cuda(_Closing):
         self._tidying = False
         self._live: dict[tuple[str, int], None] = {}  # what must be freed: (call that does it, handle)
         self._dropped: deque[_Block | tuple[str, int]] = deque()  # what may be given back when it suits
+        self._transfers: deque[CudaStream] = deque()
+        self._viewed: weakref.WeakSet[PinnedBuffer] = (
+            weakref.WeakSet()
+        )  # pinned memory that arrays may be views of
         self._kernels: dict[tuple[str, tuple[str, ...], str], CudaKernel] = {}
         self._programs: dict[tuple[str, tuple[str, ...]], int] = {}
         self.driver_version: Final = self._version("cudaDriverGetVersion")
@@ -600,10 +635,31 @@ class Cuda(_Closing):
         self._tidy()
         return CudaStream(self, self._get("cudaStreamCreateWithFlags", _NON_BLOCKING))
 
-    def event(self, *, timing: bool = False) -> CudaEvent:
-        """A new event; ``timing``: its time can be asked for, which costs a little."""
+    def transfer_stream(self) -> CudaStream:
+        """A stream for copies that nobody captures, shared by all: an idle one, or one of a few in turn."""
+        self._outside_capture("streams cannot be asked")
+        with self._lock:
+            for _ in range(len(self._transfers)):
+                self._transfers.rotate(1)
+                if self._transfers[0].done:
+                    return self._transfers[0]
+            if len(self._transfers) < _TRANSFERS:
+                self._transfers.appendleft(self.stream())
+            else:
+                self._transfers.rotate(1)
+            return self._transfers[0]
+
+    def event(self, *, timing: bool = False, patient: bool = False) -> CudaEvent:
+        """A new event.
+
+        Args:
+            timing: its time can be asked for, which costs a little.
+            patient: who waits for it sleeps, and learns of it some ten microseconds later; else it asks again and again, which
+                takes a core of the CPU.
+        """
         self._tidy()
-        return CudaEvent(self, self._get("cudaEventCreateWithFlags", 0 if timing else _NO_TIMING))
+        flags = (0 if timing else _NO_TIMING) | (_BLOCKING if patient else 0)
+        return CudaEvent(self, self._get("cudaEventCreateWithFlags", flags))
 
     def alloc(self, nbytes: int, *, stream: CudaStream | None = None) -> DeviceBuffer:
         """Memory on the device with undefined content.
@@ -617,7 +673,16 @@ class Cuda(_Closing):
             LimitError: there is not enough, not even after the pool gave back what it kept.
             EngineError: the size is not positive, or this thread is capturing.
         """
-        return DeviceBuffer(self, self._device, nbytes, stream)
+        return DeviceBuffer(self, nbytes, self._device.take(nbytes, stream))
+
+    def alloc_at(self, pointer: int, nbytes: int, stream: CudaStream) -> DeviceBuffer | None:
+        """The memory at an address that :meth:`alloc` gave before; None when somebody has it, or it was freed.
+
+        For recorded graphs, which write to fixed addresses: what is queued on ``stream`` from now on waits for whatever uses the
+        memory still.
+        """
+        block = self._device.take_at(pointer, nbytes, stream)
+        return None if block is None else DeviceBuffer(self, nbytes, block)
 
     def pinned(self, nbytes: int) -> PinnedBuffer:
         """Page-locked memory of the host with undefined content, mapped on integrated devices; errors as in :meth:`alloc`."""
@@ -704,7 +769,7 @@ class Cuda(_Closing):
 
     # -- graphs ---------------------------------------------------------------------------------
 
-    @contextmanager
+    @contextlib.contextmanager
     def capture(self, stream: CudaStream) -> Iterator[CudaGraph]:
         """Collect the work queued on ``stream`` inside the block as a graph, instead of running it::
 
@@ -815,12 +880,18 @@ class Cuda(_Closing):
     def close(self) -> None:
         """Wait for the device and free everything that came from here, in whatever hands it is; twice is harmless.
 
+        Pinned memory that an array is still a view of is freed when the last view is dropped.
+
         Never raises: where the device is lost, that is logged once as a warning.
         """
         with self._lock:
             if self._closed:
                 return
             failures = [self._attempt("cudaDeviceSynchronize")]
+            for viewed in self._viewed:
+                if (block := viewed._block) is not None:
+                    viewed._left = block.pointer
+                    self._live.pop((self._pinned._free, block.pointer), None)
             live, self._live = list(reversed(self._live)), {}
             failures += [self._attempt(call, handle) for call, handle in live]
             self._closed = True
@@ -829,10 +900,17 @@ class Cuda(_Closing):
             self._pinned.forget()
             self._kernels.clear()
             self._programs.clear()
+            self._transfers.clear()
         if told := [words for words in failures if words]:
             _LOG.warning(
                 "closing %s: %d of %d calls failed, first: %s", self, len(told), len(failures), told[0]
             )
+
+    def _free_left(self, pointer: int) -> None:
+        """Free pinned memory that was left for its views at the close; at the end of the process nothing may work any more."""
+        with contextlib.suppress(Exception):
+            self.runtime("cuCtxSetCurrent", self._context)
+            self.runtime(self._pinned._free, pointer)
 
     def _attempt(self, call: str, *inputs: Any) -> str:
         """Make a call; what went wrong, or ""."""
@@ -961,3 +1039,48 @@ def open_cuda(device: int = 0, *, runtime: CudaRuntime | None = None, pool_bytes
         "expected an NVIDIA driver, CUDA libraries and a GPU",
         told[0].remedy if told else INSTALL,
     )
+
+
+class SharedCuda(_Closing):
+    """A share in the one :class:`Cuda` that all who ask have for a device. Made by :func:`shared_cuda`.
+
+    Attributes:
+        cuda: open until the last share is closed.
+    """
+
+    def __init__(self, cuda: Cuda) -> None:
+        self.cuda: Final = cuda
+        self._closed = False
+
+    def close(self) -> None:
+        """Give the share back; may be called more than once."""
+        with _SHARING:
+            if self._closed:
+                return
+            self._closed = True
+            _SHARES[self.cuda] -= 1
+            if _SHARES[self.cuda]:
+                return
+            del _SHARES[self.cuda]
+        self.cuda.close()
+
+
+# The networks of a process share pools and streams on a device, and their arrays know whose memory they are. Who opens the
+# first network cannot hand a Cuda to who opens the next: both only name a device. So what is open is looked up here. It holds
+# nothing that changes what a call does, and is empty when all shares are closed.
+_SHARING: Final = threading.Lock()
+_SHARES: Final[dict[Cuda, int]] = {}  # what is open, and in how many hands
+
+
+def shared_cuda(device: int = 0) -> SharedCuda:
+    """A share in the :class:`Cuda` of a device, which is opened with the first share; errors as of :func:`open_cuda`.
+
+    Example:
+        >>> with shared_cuda() as one, shared_cuda() as two:               # doctest: +SKIP
+        ...     assert one.cuda is two.cuda
+    """
+    with _SHARING:
+        cuda = next((cuda for cuda in _SHARES if cuda.device == device and not cuda.closed), None)
+        cuda = cuda or open_cuda(device)
+        _SHARES[cuda] = _SHARES.get(cuda, 0) + 1
+        return SharedCuda(cuda)

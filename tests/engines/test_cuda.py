@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lp_edge.engines import cuda as cuda_module
-from lp_edge.engines.cuda import Cuda, CudaKernel, CudaStream, open_cuda, size_class
+from lp_edge.engines.cuda import Cuda, CudaKernel, CudaStream, open_cuda, shared_cuda, size_class
 from lp_edge.errors import (
     BackendUnavailable,
     ConfigError,
@@ -291,7 +291,9 @@ def test_the_pool_is_bounded_and_frees_the_longest_idle():
         for buffer in buffers:
             buffer.close()
         assert freed(fake) == 2
-        assert [cuda.alloc(512).pointer for _ in range(1)] == [pointers[2]]
+        held = [cuda.alloc(512), cuda.alloc(512)]
+        assert [buffer.pointer for buffer in held] == [pointers[3], pointers[2]]  # the newest first
+        held.clear()
         assert cuda.trim() == 1024 and cuda.trim() == 0
 
 
@@ -576,7 +578,7 @@ def test_a_graph_keeps_its_buffers(cuda: Cuda, fake: FakeCuda, stream: CudaStrea
     gc.collect()
     assert cuda.alloc(512).pointer != pointer  # its work is queued still
     stream.synchronize()
-    assert cuda.alloc(512).pointer == pointer
+    assert pointer in {buffer.pointer for buffer in [cuda.alloc(512), cuda.alloc(512), cuda.alloc(512)]}
 
 
 def test_a_capture_spreads_over_streams(cuda: Cuda, fake: FakeCuda, stream: CudaStream):
@@ -798,6 +800,119 @@ def test_close_frees_what_is_in_other_hands(fake: FakeCuda):
             use()
     assert len(fake.calls) == calls
     fake.verify()
+
+
+def test_a_view_outlives_the_device(fake: FakeCuda):
+    with open_cuda(runtime=fake) as cuda:
+        cuda.pinned(16)  # dropped: nobody needs it
+        image, other = cuda.pinned(16), cuda.pinned(8)
+        view = image.array(np.uint8)
+        view[:] = 7
+        other.array(np.uint8)  # the view is gone, the buffer is not
+        del image
+    assert (view == 7).all()
+    with pytest.raises(EngineError, match="closed"):
+        other.array(np.uint8)
+    del view, other
+    gc.collect()
+    fake.verify()
+
+
+def test_memory_at_an_address(cuda: Cuda, fake: FakeCuda, stream: CudaStream):
+    """Whoever gets it waits for who had it, on the device."""
+    other, out = cuda.stream(), np.zeros(1, np.uint8)
+    first = cuda.alloc(700)
+    pointer = first.pointer
+    cuda.fill(first, 1, other)
+    assert cuda.alloc_at(pointer, 700, stream) is None  # somebody has it
+    first.close()
+    assert cuda.alloc_at(pointer, 1025, stream) is None and cuda.alloc_at(pointer + 512, 8, stream) is None
+    waits = fake.count("cudaStreamSynchronize") + fake.count("cudaEventSynchronize")
+    second = cuda.alloc_at(pointer, 1024, stream)
+    assert second is not None and second.pointer == pointer and second.nbytes == 1024
+    cuda.fill(second, 2, stream)
+    assert fake.count("cudaStreamSynchronize") + fake.count("cudaEventSynchronize") == waits
+    cuda.copy_to_host(second, out, stream)
+    assert out.tolist() == [2]
+    second.close()
+    third = cuda.alloc_at(pointer, 8, stream)
+    assert third is not None
+    cuda.fill(third, 3, stream)
+    third.close()
+    fourth = cuda.alloc_at(pointer, 8, other)
+    assert fourth is not None
+    fourth.close()  # never used: whoever is next still waits for the third
+    cuda.fill(cuda.alloc(1024), 4, cuda.stream())
+    with cuda.capture(stream), pytest.raises(EngineError, match="in a capture"):
+        cuda.alloc_at(pointer, 8, other)
+    cuda.trim()
+    assert cuda.alloc_at(pointer, 8, stream) is None
+
+
+def test_memory_that_was_used_through_a_closed_device(fake: FakeCuda):
+    with open_cuda(runtime=fake) as cuda:
+        buffer = cuda.alloc(8)
+        with open_cuda(runtime=fake) as other:
+            stream = other.stream()
+            cuda.fill(buffer, 1, stream)
+        buffer.close()
+        cuda.alloc(8).close()
+
+
+def test_shares(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch):
+    opened: list[int] = []
+
+    def opening(device: int) -> Cuda:
+        opened.append(device)
+        return open_cuda(runtime=fake)
+
+    monkeypatch.setattr(cuda_module, "open_cuda", opening)
+    with shared_cuda() as first:
+        with shared_cuda(0) as second:
+            assert first.cuda is second.cuda and opened == [0]
+            second.close()
+            second.close()
+            assert not first.cuda.closed
+        assert not first.cuda.closed
+        first.cuda.close()  # by somebody who had no right to
+        with shared_cuda() as third:
+            assert not third.cuda.closed
+            first.close()
+            assert not third.cuda.closed and opened == [0, 0]
+        assert third.cuda.closed
+    assert not cuda_module._SHARES
+    fake.fail("cudaSetDevice", 2)
+    with pytest.raises(LimitError):
+        shared_cuda()
+    assert not cuda_module._SHARES
+
+
+def test_shares_of_many_threads(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cuda_module, "open_cuda", lambda device: open_cuda(device, runtime=fake))
+
+    def work(_: int) -> bool:
+        with shared_cuda() as share:
+            share.cuda.alloc(8)
+            return not share.cuda.closed
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(40)))
+    assert not cuda_module._SHARES
+
+
+def test_streams_for_copies(cuda: Cuda, fake: FakeCuda):
+    first = cuda.transfer_stream()
+    assert cuda.transfer_stream() is first  # it has nothing to do
+    image, taken = cuda.pinned(8), []
+    for _ in range(9):
+        taken.append(cuda.transfer_stream())
+        buffer = cuda.alloc(8)
+        for _ in range(12):  # the fake does a little at each question
+            cuda.copy_to_device(image.array(np.uint8), buffer, taken[-1])
+    assert len({stream.handle for stream in taken}) == 4 == fake.count("cudaStreamCreateWithFlags")
+    with cuda.capture(cuda.stream()), pytest.raises(EngineError, match="in a capture"):
+        cuda.transfer_stream()
+    cuda.trim()
 
 
 def test_an_error_in_the_block_closes_too(fake: FakeCuda):

@@ -11,8 +11,8 @@ import pytest
 
 from lp_edge.engines.backends import BackendConfig, open_runner
 from lp_edge.engines.cuda import Cuda, CudaStream, open_cuda
-from lp_edge.engines.device import DeviceArray, device_array, to_device
-from lp_edge.engines.runner import Array, to_host
+from lp_edge.engines.device import DeviceArray, concatenate, device_array, rows, to_device, upload
+from lp_edge.engines.runner import Array, fetch, to_host
 from lp_edge.errors import EngineError, LimitError, TensorError
 from lp_edge.tests.fake_cuda.device import H200, ORIN, FakeCuda, Launch
 
@@ -135,6 +135,155 @@ def test_copy_to_pinned_memory(cuda: Cuda, stream: CudaStream):
     for wrong in (image.array(np.float32), image.array(np.int32, DATA.shape)):
         with pytest.raises(TensorError, match=r"download of float32 \[4, 2, 3\] into"):
             array.copy_to(wrong)
+
+
+@pytest.mark.parametrize("data", [DATA, np.zeros((3, 80, 80, 2), np.uint8), np.float32(3)[...], DATA[:0]])
+def test_fetch(cuda: Cuda, stream: CudaStream, data: np.ndarray):
+    for array in (to_device(cuda, data, stream), upload(cuda, data)):
+        wait = fetch(array)
+        del array
+        host = wait()
+        assert host is wait() and host.dtype == data.dtype and host.flags.c_contiguous
+        np.testing.assert_array_equal(host, data)
+    assert fetch(data)() is data
+
+
+def test_fetch_does_not_wait_and_later_work_does_not_hold_it_up(
+    cuda: Cuda, fake: FakeCuda, stream: CudaStream
+):
+    array = to_device(cuda, DATA, stream)
+    once = DeviceArray(array.buffer, array.shape, array.dtype, stream, ready=stream.record())
+    again = device_array(cuda, (8,), np.float32, stream)
+    cuda.fill(again.buffer, 0, stream)
+    waits = [name for name in fake.names if name.endswith("Synchronize")]
+    wait = once.fetch()
+    assert [name for name in fake.names if name.endswith("Synchronize")] == waits
+    np.testing.assert_array_equal(wait(), DATA)
+    # The stream itself was not waited for: what came later is still queued, and reading that gives garbage.
+    assert not stream.done
+    once.synchronize()
+    array.synchronize()
+    assert stream.done
+
+
+def test_fetched_memory_stays_until_its_view_is_dropped(cuda: Cuda, fake: FakeCuda):
+    data = np.arange(200_000, dtype=np.uint8)
+    array = upload(cuda, data)
+    array.synchronize()
+    wait = array.fetch()
+    first = wait()
+    del wait
+    gc.collect()
+    second = upload(cuda, data + 1).fetch()()
+    np.testing.assert_array_equal(first, data)
+    np.testing.assert_array_equal(second, data + 1)
+    made = fake.count("cudaHostAlloc")
+    del first
+    gc.collect()
+    np.testing.assert_array_equal(array.fetch()(), data)  # in memory that came back
+    assert fake.count("cudaHostAlloc") == made
+    small = upload(cuda, DATA).fetch()()
+    assert small.base is None  # or thousands of small results would hold a page of pinned memory each
+
+
+def test_fetched_memory_outlives_the_device(fake: FakeCuda):
+    data = np.arange(200_000, dtype=np.uint8)
+    with open_cuda(runtime=fake) as cuda:
+        wait, late = upload(cuda, data).fetch(), upload(cuda, data).fetch()
+        host = wait()
+    np.testing.assert_array_equal(host, data)
+    with pytest.raises(EngineError, match="closed"):
+        late()
+    del wait, late, host
+    gc.collect()
+
+
+def test_downloads_that_nobody_waits_for(cuda: Cuda):
+    """Their pinned memory must not be filled when somebody else has it."""
+    array = upload(cuda, np.full(200_000, 5, np.uint8))
+    array.fetch()
+    gc.collect()
+    image = cuda.pinned(200_000).array(np.uint8)
+    image[:] = 9
+    np.testing.assert_array_equal(upload(cuda, image).fetch()(), image)
+    assert (image == 9).all()
+
+
+def test_upload_takes_a_copy(cuda: Cuda, fake: FakeCuda):
+    data = DATA.copy()
+    array = upload(cuda, data)
+    data[:] = 0
+    np.testing.assert_array_equal(to_host(array), DATA)
+    strided = upload(cuda, DATA[:, ::-1].transpose(2, 0, 1))
+    np.testing.assert_array_equal(to_host(strided), DATA[:, ::-1].transpose(2, 0, 1))
+    for call in ("cudaMalloc", "cudaHostAlloc"):
+        cuda.trim()
+        fake.fail(call, 2, times=2)
+        with pytest.raises(LimitError, match=call):
+            upload(cuda, np.zeros(100_000, np.uint8))
+        fake.fail(call, 0)
+
+
+def test_reading_on_another_stream(cuda: Cuda, stream: CudaStream):
+    """What was read there may be dropped at once."""
+    other = cuda.stream()
+    for array in (to_device(cuda, DATA, stream), upload(cuda, DATA)):
+        array.read_on(other)
+        copy = device_array(cuda, DATA.shape, DATA.dtype, other)
+        cuda._call("cudaMemcpyAsync", copy.pointer, array.pointer, DATA.nbytes, 3, other.handle)
+        del array
+        gc.collect()
+        fresh = to_device(cuda, DATA + 1, stream)
+        np.testing.assert_array_equal(to_host(copy), DATA)
+        np.testing.assert_array_equal(to_host(fresh), DATA + 1)
+
+
+def test_concatenate(cuda: Cuda, fake: FakeCuda, stream: CudaStream):
+    one, two = to_device(cuda, DATA, cuda.stream()), upload(cuda, DATA + 1)
+    parts: list[Array] = [one.rows(1, 3), DATA[:, ::-1], two, one.rows(0, 0), two.rows(3, 4)]
+    wanted = np.concatenate([np.asarray(part) for part in parts])
+    joined = concatenate(cuda, parts, stream)
+    del one, two, parts
+    gc.collect()
+    others = [to_device(cuda, DATA * 0, cuda.stream()) for _ in range(3)]
+    np.testing.assert_array_equal(to_host(joined), wanted)
+    assert concatenate(cuda, [joined], stream) is joined
+    alone = concatenate(cuda, [DATA], stream)
+    assert isinstance(alone, DeviceArray)
+    np.testing.assert_array_equal(to_host(alone), DATA)
+    assert len(others) == 3
+
+
+@pytest.mark.parametrize("other", [DATA.astype(np.uint8), DATA[:, 0], np.float32(1)[...]])
+def test_arrays_that_cannot_be_laid_together(cuda: Cuda, stream: CudaStream, other: np.ndarray):
+    for arrays in ([DATA, other], [other, upload(cuda, DATA)]):
+        with pytest.raises(TensorError, match="to lay together: "):
+            concatenate(cuda, arrays, stream)
+
+
+def test_rows_of_any_array(cuda: Cuda, stream: CudaStream):
+    for array in (DATA, to_device(cuda, DATA, stream)):
+        part = rows(array, 1, 3)
+        assert type(part) is type(array)
+        np.testing.assert_array_equal(to_host(part), DATA[1:3])
+        for start, stop in ((-1, 1), (1, 0), (0, 5)):
+            with pytest.raises(TensorError, match="rows"):
+                rows(array, start, stop)
+    assert np.shares_memory(rows(DATA, 1, 3), DATA)
+    with pytest.raises(TensorError, match=r"of shape \[\]"):
+        rows(np.float32(1)[...], 0, 1)
+
+
+def test_a_copy_of_rows_lets_go_of_the_rest(cuda: Cuda, stream: CudaStream):
+    array = to_device(cuda, DATA, stream)
+    pointer, copy = array.pointer, array.rows(1, 2).copy()
+    assert copy.shape == (1, 2, 3) and copy.buffer.nbytes == DATA[1:2].nbytes and copy.pointer % 256 == 0
+    copy.synchronize()
+    stream.synchronize()
+    del array
+    gc.collect()
+    assert device_array(cuda, DATA.shape, DATA.dtype, stream).pointer == pointer
+    np.testing.assert_array_equal(to_host(copy), DATA[1:2])
 
 
 def test_cuda_array_interface(cuda: Cuda, stream: CudaStream):
