@@ -34,6 +34,7 @@ from lp_edge.errors import LpEdgeError
 from lp_edge.export import device_graphs as graphs
 from lp_edge.export.onnx_export import node_count, serialise
 from lp_edge.runtime.crop import cut
+from lp_edge.runtime.device_inputs import mesh_inputs, paste_matrix, resize_weights, sampling_matrix
 from lp_edge.runtime.faces import CropTransform, DetectorConfig, FaceDetector
 from lp_edge.runtime.paste_back import PastePlan, crop_mask, paste_back, soft_mask
 from lp_edge.runtime.provenance import provenance
@@ -114,7 +115,7 @@ def stacked(crops: Sequence[U8]) -> U8:
 
 def matrices(maps: Sequence[F64]) -> npt.NDArray[np.float32]:
     """Input `matrix` of several crops."""
-    return np.concatenate([graphs.sampling_matrix(m) for m in maps])
+    return np.concatenate([sampling_matrix(m) for m in maps])
 
 
 # -- crops ------------------------------------------------------------------------------------------------
@@ -126,7 +127,7 @@ def crop_case(frame: U8, maps: Sequence[F64], size: int, reduce: int) -> Case:
     def twin() -> U8:
         return stacked([cut(frame, m, size=size).network_input(size // reduce) for m in maps])
 
-    return Case({graphs.FRAME: frame[None], graphs.MATRIX: matrices(maps)}, twin)
+    return Case({names.FRAME: frame[None], names.MATRIX: matrices(maps)}, twin)
 
 
 def cropping(size: int, reduce: int) -> Operation:
@@ -156,12 +157,12 @@ def placed(at: tuple[int, int], size: int, share: float = 0.75, degrees: float =
 
 def mesh_case(frame: U8, transforms: Sequence[CropTransform], halvings: int) -> Case:
     """Several crops that need the same number of halvings."""
-    given = [graphs.mesh_inputs(t, (frame.shape[1], frame.shape[0])) for t in transforms]
+    given = [mesh_inputs(t, (frame.shape[1], frame.shape[0])) for t in transforms]
     if {g[0] for g in given} != {halvings}:
         raise ValueError("crops of other halvings")
-    feeds: Feeds = {graphs.FRAME: frame[None], graphs.MATRIX: np.concatenate([g[1] for g in given])}
+    feeds: Feeds = {names.FRAME: frame[None], names.MATRIX: np.concatenate([g[1] for g in given])}
     if halvings:
-        feeds[graphs.ORIGIN] = np.concatenate([g[2] for g in given])
+        feeds[names.ORIGIN] = np.concatenate([g[2] for g in given])
     return Case(feeds, lambda: stacked([t.apply(frame) for t in transforms]))
 
 
@@ -194,10 +195,11 @@ def meshing(size: int, halvings: int) -> Operation:
 def resizing(given: int, wanted: int) -> Operation:
     def case(rng: Rng, count: int) -> Case:
         crops = [picture(rng, given, given) for _ in range(count)]
-        return Case({graphs.CROP: stacked(crops)}, lambda: stacked([resize_crop(c, wanted) for c in crops]))
+        feeds: Feeds = {names.CROP: stacked(crops), names.WEIGHTS: resize_weights(given, wanted)}
+        return Case(feeds, lambda: stacked([resize_crop(c, wanted) for c in crops]))
 
     return Operation(
-        lambda flavor="main": graphs.resize_graph(given, wanted, flavor=flavor),
+        lambda flavor="main": graphs.resize_graph(flavor=flavor),
         lambda rng: case(rng, int(rng.integers(1, 3))),
         lambda rng, at: case(rng, 1),
         warps=False,
@@ -235,7 +237,7 @@ def letterbox_case(frame: U8, config: DetectorConfig, canvas: tuple[int, int]) -
         whole[:, : shown.shape[1], : shown.shape[2]] = shown
         return whole
 
-    return Case({graphs.FRAME: frame[None], graphs.PLACED: np.array([size], np.float32)}, twin)
+    return Case({names.FRAME: frame[None], names.PLACED: np.array([size], np.float32)}, twin)
 
 
 def letterboxing() -> Operation:
@@ -266,14 +268,14 @@ def paste_case(frame: U8, crops: Sequence[U8], to_frame: F64, warp_mask: bool) -
         return None
     region = np.s_[y0:y1, x0:x1]
     feeds: Feeds = {
-        graphs.PATCH: np.ascontiguousarray(frame[region])[None],
-        graphs.CROP: stacked(crops),
-        graphs.MATRIX: graphs.paste_matrix(to_frame, (x0, y0)),
+        names.PATCH: np.ascontiguousarray(frame[region])[None],
+        names.CROP: stacked(crops),
+        names.MATRIX: paste_matrix(to_frame, (x0, y0)),
     }
     if warp_mask:
-        feeds[graphs.MASK] = crop_mask(side)[None, ..., None]
+        feeds[names.MASK] = crop_mask(side)[None, ..., None]
     else:
-        feeds[graphs.WEIGHT] = plan.weight[None, ..., None]
+        feeds[names.WEIGHT] = plan.weight[None, ..., None]
 
     def twin() -> U8:
         return stacked([plan.paste(frame, crop)[region] for crop in crops])
@@ -299,9 +301,7 @@ def pasting(size: int, warp_mask: bool) -> Operation:
             raise ValueError("a crop outside of the frame")
         return case
 
-    return Operation(
-        lambda flavor="main": graphs.paste_graph(size, warp_mask=warp_mask, flavor=flavor), draw, real
-    )
+    return Operation(lambda flavor="main": graphs.paste_graph(warp_mask=warp_mask, flavor=flavor), draw, real)
 
 
 def rect_case(frame: U8, crops: Sequence[U8], rect: tuple[int, int, int, int]) -> Case:
@@ -309,9 +309,9 @@ def rect_case(frame: U8, crops: Sequence[U8], rect: tuple[int, int, int, int]) -
     x0, y0, x1, y1 = rect
     region = np.s_[y0:y1, x0:x1]
     feeds: Feeds = {
-        graphs.PATCH: np.ascontiguousarray(frame[region])[None],
-        graphs.CROP: stacked(crops),
-        graphs.WEIGHT: soft_mask(y1 - y0, x1 - x0)[None],
+        names.PATCH: np.ascontiguousarray(frame[region])[None],
+        names.CROP: stacked(crops),
+        names.WEIGHT: soft_mask(y1 - y0, x1 - x0)[None],
     }
     return Case(feeds, lambda: stacked([paste_back(frame, crop, rect)[region] for crop in crops]))
 
@@ -335,6 +335,25 @@ def rect_pasting() -> Operation:
     return Operation(lambda flavor="main": graphs.rect_paste_graph(flavor=flavor), draw, real, warps=False)
 
 
+def cut_case(frame: U8, x0: int, x1: int) -> Case:
+    """Columns of all lines."""
+    feeds: Feeds = {names.FRAME: frame[None], names.COLUMNS: np.arange(x0, x1, dtype=np.float32)}
+    return Case(feeds, lambda: frame[None, :, x0:x1])
+
+
+def cutting() -> Operation:
+    def draw(rng: Rng) -> Case:
+        width, height = frame_size(rng)
+        x0 = int(rng.integers(0, width))
+        return cut_case(picture(rng, width, height), x0, int(rng.integers(x0, width)) + 1)
+
+    def real(rng: Rng, at: tuple[int, int]) -> Case:
+        side = int(0.75 * at[1])
+        return cut_case(picture(rng, at[0], side), (at[0] - side) // 2, (at[0] + side) // 2)
+
+    return Operation(lambda flavor="main": graphs.cut_graph(flavor=flavor), draw, real, warps=False)
+
+
 def operations(crop: int = 512, mesh: int = 192) -> dict[str, Operation]:
     """All graphs by name, for crops of these sides."""
     return {
@@ -346,6 +365,7 @@ def operations(crop: int = 512, mesh: int = 192) -> dict[str, Operation]:
         "resize_512_to_300": resizing(512, 300),
         "resize_512_to_1024": resizing(512, 1024),
         "letterbox": letterboxing(),
+        "cut": cutting(),
         "paste": pasting(crop, False),
         "paste_mask": pasting(crop, True),
         "rect_paste": rect_pasting(),

@@ -7,6 +7,11 @@ from typing import Final
 __all__ = [
     "APPEARANCE",
     "BOXES",
+    "COLUMNS",
+    "CROP",
+    "CROP_512",
+    "CROP_512_HALVED",
+    "CUT_REGION",
     "DEFORMATION",
     "DELTA",
     "EXP",
@@ -15,14 +20,24 @@ __all__ = [
     "FEATURES",
     "FEATURE_3D",
     "FEATURE_COMPRESSED",
+    "FRAME",
     "IMAGE",
     "KP",
     "KP_DRIVING",
     "KP_SOURCE",
+    "MASK",
+    "MATRIX",
     "MOTION",
     "OCCLUSION_MAP",
+    "ORIGIN",
+    "PASTE_MOVING",
+    "PASTE_RECT",
+    "PASTE_STILL",
+    "PATCH",
     "PITCH",
+    "PLACED",
     "POINTS",
+    "RESIZE_CROPS",
     "RETARGET_EYE",
     "RETARGET_LIP",
     "ROLL",
@@ -33,6 +48,8 @@ __all__ = [
     "STITCHING",
     "WARPED",
     "WARP_DECODE",
+    "WEIGHT",
+    "WEIGHTS",
     "YAW",
     "T",
 ]
@@ -46,6 +63,15 @@ WARP_DECODE: Final = "warp_decode"
 STITCHING: Final = "stitching"
 RETARGET_EYE: Final = "retarget_eye"
 RETARGET_LIP: Final = "retarget_lip"
+
+# Graphs around the networks (runtime/device_graphs)
+CROP_512: Final = "crop_512"
+CROP_512_HALVED: Final = "crop_512_halved"
+CUT_REGION: Final = "cut_region"
+PASTE_MOVING: Final = "paste_moving"
+PASTE_RECT: Final = "paste_rect"
+PASTE_STILL: Final = "paste_still"
+RESIZE_CROPS: Final = "resize_crops"
 
 # Tensors
 IMAGE: Final = "image"
@@ -70,3 +96,15 @@ T: Final = "t"
 EXP: Final = "exp"
 SCALE: Final = "scale"
 KP: Final = "kp"
+
+# Tensors of the graphs around the networks
+FRAME: Final = "frame"
+COLUMNS: Final = "columns"
+CROP: Final = "crop"
+PATCH: Final = "patch"
+MATRIX: Final = "matrix"
+ORIGIN: Final = "origin"
+PLACED: Final = "placed"
+WEIGHT: Final = "weight"
+WEIGHTS: Final = "weights"
+MASK: Final = "mask"

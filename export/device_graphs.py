@@ -3,7 +3,10 @@
 On a CPU, OpenCV and NumPy cut crops, resize them and paste them back (:mod:`lp_edge.runtime.crop`,
 :mod:`~lp_edge.runtime.faces`, :mod:`~lp_edge.runtime.resample`, :mod:`~lp_edge.runtime.paste_back`: the *twins*). The graphs
 here give the same pixels, within one grey level, on whatever runs ONNX. All take and return uint8 NHWC RGB and compute in
-float32; a float32 input carries the geometry, made on the host in float64 by the functions at the end of this module.
+float32; a float32 input carries the geometry, made on the host in float64 by :mod:`lp_edge.runtime.device_inputs`.
+
+``python -m lp_edge.export.device_graphs [FOLDER]`` writes the graphs that :class:`lp_edge.runtime.pixels.DevicePixels` runs
+(:func:`shipped`); they are part of the package, so that it needs no PyTorch.
 
 How they are written:
 
@@ -15,7 +18,7 @@ How they are written:
   0 beyond the border. OpenCV 4 rounds positions to 1/32 pixel instead, which differs by up to 8 levels at an edge of black and
   white; the graphs follow the exact positions, not those steps.
 * **Resizing as products with matrices** of weights, one for rows and one for columns: exact for any ratio, no gather, what
-  GPUs do best. Lanczos weights are the multiples of 1/2048 that OpenCV takes. A whole factor of reduction is a sum of blocks.
+  GPUs do best. :func:`resize_graph` takes them as an input, so one graph makes any size of any other.
 * **Only the changed region** is pasted. Its size is the size of the ``patch`` that comes in and goes out, so that no size depends on
   a value; its place in the frame is part of the matrix. A patch may be whole rows of a frame, which are
   contiguous in memory: then input and output are addresses within frames, and nothing is copied.
@@ -26,8 +29,10 @@ How they are written:
 
 from __future__ import annotations
 
+import argparse
 import functools
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,64 +41,55 @@ from tempfile import TemporaryDirectory
 from typing import Final, Literal, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import onnx  # noqa: TID253
 import onnxruntime
 import torch  # noqa: TID253
 import torch.nn.functional as F  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 
-from lp_edge.engines.names import IMAGE
+from lp_edge.engines import names
+from lp_edge.engines.names import (
+    COLUMNS,
+    CROP,
+    FRAME,
+    IMAGE,
+    MASK,
+    MATRIX,
+    ORIGIN,
+    PATCH,
+    PLACED,
+    WEIGHT,
+    WEIGHTS,
+)
 from lp_edge.errors import ConfigError, ExportError
-from lp_edge.export.onnx_export import Shape, export_onnx
+from lp_edge.export.onnx_export import Shape, export_onnx, save
+from lp_edge.runtime import pixels
 from lp_edge.runtime.crop import CROP_SIZE
-from lp_edge.runtime.faces import _HALVE_FROM, CropTransform
 
 __all__ = [
-    "CROP",
-    "FRAME",
-    "MASK",
-    "MATRIX",
     "MAX_HALVINGS",
     "OPSETS",
-    "ORIGIN",
-    "PATCH",
-    "PLACED",
-    "WEIGHT",
     "Cost",
     "cost",
     "crop_graph",
+    "cut_graph",
     "letterbox_graph",
     "mesh_crop_graph",
-    "mesh_inputs",
     "paste_graph",
-    "paste_matrix",
     "rect_paste_graph",
     "resize_graph",
-    "sampling_matrix",
+    "shipped",
 ]
 
-F32 = npt.NDArray[np.float32]
-F64 = npt.NDArray[np.float64]
 Flavor = Literal["main", "tensorrt8"]
 _Address: TypeAlias = Callable[[Tensor], Tensor]
 
 OPSETS: Final[Mapping[str, int]] = {"main": 17, "tensorrt8": 16}
 """Flavour -> opset, as for the networks; the graphs are alike in both."""
 
-FRAME: Final = "frame"
-CROP: Final = "crop"
-PATCH: Final = "patch"
-MATRIX: Final = "matrix"
-ORIGIN: Final = "origin"
-PLACED: Final = "placed"
-WEIGHT: Final = "weight"
-MASK: Final = "mask"
-
 MAX_HALVINGS: Final = 3
 """Most halvings of :func:`mesh_crop_graph`: a crop then shows up to 15 times its side in frame pixels."""
 
-_LANCZOS_TAPS, _COEFFICIENT = 8, 2048  # OpenCV's INTER_LANCZOS4; its weights have 11 bits
 _CUBIC = -0.75  # OpenCV's INTER_CUBIC
 _FAR = 1e9  # px; whatever is that far away weighs nothing
 
@@ -232,21 +228,6 @@ def _cubic(given: Tensor | int, wanted: Tensor | int) -> Tensor:
     return weights
 
 
-def _lanczos(given: int, wanted: int) -> F32:
-    """Weights ``[wanted, given]`` of OpenCV's INTER_LANCZOS4: ``sinc(d)·sinc(d / 4)`` over eight pixels, normalised to 1,
-    rounded to 1/2048 each; the outermost pixels repeated."""
-    centre = ((np.arange(wanted) + 0.5) * (given / wanted) - 0.5).astype(np.float32)
-    base = np.floor(centre)
-    taps = np.arange(_LANCZOS_TAPS) - (_LANCZOS_TAPS // 2 - 1)
-    distance = (centre - base).astype(np.float64)[:, None] - taps
-    values = np.sinc(distance) * np.sinc(distance / (_LANCZOS_TAPS // 2))
-    values = np.rint(values / values.sum(1, keepdims=True) * _COEFFICIENT) / _COEFFICIENT
-    weights = np.zeros((wanted, given), np.float32)
-    index = np.clip(base[:, None].astype(np.int64) + taps, 0, given - 1)
-    np.add.at(weights, (np.arange(wanted)[:, None], index), values.astype(np.float32))
-    return weights
-
-
 # -- modules -------------------------------------------------------------------------------------------
 
 
@@ -315,19 +296,8 @@ class _ReducedCrop(nn.Module):
 class _Resize(nn.Module):
     """See :func:`resize_graph`."""
 
-    def __init__(self, given: int, wanted: int) -> None:
-        super().__init__()
-        self.given, self.factor = given, given // wanted if given % wanted == 0 else 0
-        self.weights = torch.empty(0)
-        if wanted > given:
-            self.weights = torch.as_tensor(_lanczos(given, wanted))
-        elif not self.factor:
-            self.weights = _area_or_linear(wanted, given, torch.full((1, 1, 1), float(wanted)))[0]
-
-    def forward(self, crop: Tensor) -> Tensor:
-        if self.factor:
-            return _mean_of_blocks(crop.to(torch.float32), self.given, self.factor).to(torch.uint8)
-        return _image(self.weights @ _planes(crop) @ self.weights.T).to(torch.uint8)
+    def forward(self, crop: Tensor, weights: Tensor) -> Tensor:
+        return _image(weights @ _planes(crop) @ weights.T).to(torch.uint8)
 
 
 class _Letterbox(nn.Module):
@@ -343,6 +313,13 @@ class _Letterbox(nn.Module):
         across = _area_or_linear(self.canvas[1], frame.shape[2], width)
         # Rows first: their product is the large one, and there are fewer of them than columns.
         return _image(down[:, None] @ _planes(frame) @ across.transpose(1, 2)[:, None]).to(torch.uint8)
+
+
+class _Cut(nn.Module):
+    """See :func:`cut_graph`."""
+
+    def forward(self, frame: Tensor, columns: Tensor) -> Tensor:
+        return frame.to(torch.float32).index_select(2, columns.to(torch.int32)).to(torch.uint8)
 
 
 class _Paste(nn.Module):
@@ -426,7 +403,7 @@ def crop_graph(size: int = CROP_SIZE, *, reduce: int = 1, flavor: Flavor = "main
 
     Tensors of the graph:
         ``frame`` uint8 ``[frames, H, W, 3]``: one frame for all crops, or one for each.
-        ``matrix`` float32 ``[crops, 2, 3]``: crop px → frame px, :func:`sampling_matrix` of ``Crop.to_crop``.
+        ``matrix`` float32 ``[crops, 2, 3]``: crop px → frame px, :func:`~lp_edge.runtime.device_inputs.sampling_matrix` of ``Crop.to_crop``.
         ``image`` uint8 ``[crops, size / reduce, size / reduce, 3]``.
 
     Args:
@@ -466,7 +443,7 @@ def mesh_crop_graph(size: int, halvings: int = 1, *, flavor: Flavor = "main") ->
         ``origin`` float32 ``[crops, 2]``: x, y of that part in the frame, whole px within it (not with ``halvings`` 0).
         ``image`` uint8 ``[crops, size, size, 3]``.
 
-    :func:`mesh_inputs` makes ``matrix`` and ``origin`` and says how many halvings a crop needs.
+    :func:`~lp_edge.runtime.device_inputs.mesh_inputs` makes ``matrix`` and ``origin`` and says how many halvings a crop needs.
 
     Args:
         size: side of the crops, px: that of the network.
@@ -491,28 +468,47 @@ def mesh_crop_graph(size: int, halvings: int = 1, *, flavor: Flavor = "main") ->
     return _export(_ReducedCrop(size, halvings), inputs, ("crops", size, size, 3), flavor)
 
 
-def resize_graph(given: int, wanted: int, *, flavor: Flavor = "main") -> onnx.ModelProto:
-    """Square crops of another size, as :func:`lp_edge.runtime.resample.resize_crop` and, downwards,
-    :meth:`lp_edge.runtime.crop.Crop.network_input`: averages of areas, or Lanczos over 8 x 8 pixels.
+def resize_graph(*, flavor: Flavor = "main") -> onnx.ModelProto:
+    """Square crops of another size, as :func:`lp_edge.runtime.resample.resize_crop`: averages of areas, or Lanczos over 8 x 8
+    pixels. Which of these, and the sizes, are in the weights.
 
     Tensors of the graph:
         ``crop`` uint8 ``[crops, given, given, 3]``.
+        ``weights`` float32 ``[wanted, given]``: :func:`lp_edge.runtime.device_inputs.resize_weights`.
         ``image`` uint8 ``[crops, wanted, wanted, 3]``.
 
     Args:
-        given, wanted: sides, px; different.
         flavor: see :data:`OPSETS`.
 
     Raises:
-        ConfigError: a size does not fit, or the flavour is unknown.
+        ConfigError: the flavour is unknown.
     """
-    _check_sides(given=given, wanted=wanted)
-    if given == wanted:
-        raise ConfigError(
-            f"crops of {given} px to {wanted} px", "expected another size", "leave the step out"
-        )
-    inputs: dict[str, tuple[Shape, torch.dtype]] = {CROP: (("crops", given, given, 3), _U8)}
-    return _export(_Resize(given, wanted), inputs, ("crops", wanted, wanted, 3), flavor)
+    inputs: dict[str, tuple[Shape, torch.dtype]] = {
+        CROP: (("crops", "given", "given", 3), _U8),
+        WEIGHTS: (("wanted", "given"), _F32),
+    }
+    return _export(_Resize(), inputs, ("crops", "wanted", "wanted", 3), flavor)
+
+
+def cut_graph(*, flavor: Flavor = "main") -> onnx.ModelProto:
+    """Columns of lines of a frame: with lines that lie together in memory, an upright rectangle, as the graphs that paste take it.
+
+    Tensors of the graph:
+        ``frame`` uint8 ``[frames, H, W, 3]``: lines of a frame.
+        ``columns`` float32 ``[w]``: numbers of columns, 0 to W - 1.
+        ``image`` uint8 ``[frames, H, w, 3]``.
+
+    Args:
+        flavor: see :data:`OPSETS`.
+
+    Raises:
+        ConfigError: the flavour is unknown.
+    """
+    inputs: dict[str, tuple[Shape, torch.dtype]] = {
+        FRAME: (("frames", "H", "W", 3), _U8),
+        COLUMNS: (("w",), _F32),
+    }
+    return _export(_Cut(), inputs, ("frames", "H", "w", 3), flavor)
 
 
 def letterbox_graph(canvas: tuple[int, int], *, flavor: Flavor = "main") -> onnx.ModelProto:
@@ -545,9 +541,7 @@ def letterbox_graph(canvas: tuple[int, int], *, flavor: Flavor = "main") -> onnx
     return _export(_Letterbox(canvas), inputs, ("frames", *canvas, 3), flavor)
 
 
-def paste_graph(
-    crop_size: int = CROP_SIZE, *, warp_mask: bool = False, flavor: Flavor = "main"
-) -> onnx.ModelProto:
+def paste_graph(*, warp_mask: bool = False, flavor: Flavor = "main") -> onnx.ModelProto:
     """Animated crops into the changed region of a frame, as :meth:`lp_edge.runtime.paste_back.PastePlan.paste`.
 
     The region comes in and goes out as ``patch``: a dense copy of ``frame[y0:y1, x0:x1]``, or whole rows ``frame[y0:y1]``
@@ -555,25 +549,23 @@ def paste_graph(
 
     Tensors of the graph:
         ``patch`` uint8 ``[patches, h, w, 3]``: one for all crops (a still source), or one for each.
-        ``crop`` uint8 ``[crops, crop_size, crop_size, 3]``.
-        ``matrix`` float32 ``[placements, 2, 3]``: patch px → crop px, :func:`paste_matrix`; one for all, or one for each.
+        ``crop`` uint8 ``[crops, side, side, 3]``.
+        ``matrix`` float32 ``[placements, 2, 3]``: patch px → crop px, ``paste_matrix``; one for all, or one for each.
         ``weight`` uint8 ``[placements, h, w, 1]``: ``PastePlan.weight``; or, with ``warp_mask``,
-        ``mask`` uint8 ``[masks, crop_size, crop_size, 1]``: ``crop_mask()``, one for all or one for each crop.
+        ``mask`` uint8 ``[masks, side, side, 1]``: ``crop_mask()``, one for all or one for each crop.
         ``image`` uint8 ``[crops, h, w, 3]``.
 
     Args:
-        crop_size: side of the crops, px.
         warp_mask: warp the mask with the crop, for a source that moves; a still one's weight is made once.
         flavor: see :data:`OPSETS`.
 
     Raises:
-        ConfigError: the size does not fit, or the flavour is unknown.
+        ConfigError: the flavour is unknown.
     """
-    _check_sides(crop_size=crop_size)
-    weight: Shape = ("masks", crop_size, crop_size, 1) if warp_mask else ("placements", "h", "w", 1)
+    weight: Shape = ("masks", "side", "side", 1) if warp_mask else ("placements", "h", "w", 1)
     inputs: dict[str, tuple[Shape, torch.dtype]] = {
         PATCH: (("patches", "h", "w", 3), _U8),
-        CROP: (("crops", crop_size, crop_size, 3), _U8),
+        CROP: (("crops", "side", "side", 3), _U8),
         MATRIX: (("placements", 2, 3), _F32),
         MASK if warp_mask else WEIGHT: (weight, _U8),
     }
@@ -604,79 +596,23 @@ def rect_paste_graph(*, flavor: Flavor = "main") -> onnx.ModelProto:
     return _export(_RectPaste(), inputs, ("crops", "h", "w", 3), flavor)
 
 
-# -- geometry for the graphs, on the host ----------------------------------------------------------------
+# -- the graphs of the package --------------------------------------------------------------------------
+
+_SHIPPED: Final[Mapping[str, Callable[..., onnx.ModelProto]]] = {
+    names.CROP_512: functools.partial(crop_graph, CROP_SIZE),
+    names.CROP_512_HALVED: functools.partial(crop_graph, CROP_SIZE, reduce=2),
+    names.CUT_REGION: cut_graph,
+    names.PASTE_MOVING: functools.partial(paste_graph, warp_mask=True),
+    names.PASTE_RECT: rect_paste_graph,
+    names.PASTE_STILL: paste_graph,
+    names.RESIZE_CROPS: resize_graph,
+}
 
 
-def sampling_matrix(to_output: npt.ArrayLike) -> F32:
-    """The inverse of an affine map as the graphs take it.
-
-    Args:
-        to_output: float ``[2, 3]`` or ``[3, 3]``, px of the input → px of the output (``Crop.to_crop``, ``CropTransform.matrix``).
-
-    Returns:
-        float32 ``[1, 2, 3]``, px of the output → px of the input; inverted in float64.
-
-    Raises:
-        ConfigError: the map is not affine or has no inverse.
-    """
-    given = np.asarray(to_output, np.float64)
-    if given.shape not in ((2, 3), (3, 3)) or not np.isfinite(given).all():
-        raise ConfigError(
-            f"a map {given.tolist()}", "expected finite [2, 3] or [3, 3]", "use a crop's to_crop"
-        )
-    matrix = np.eye(3)
-    matrix[:2] = given[:2]
-    try:
-        inverse = np.linalg.inv(matrix)
-    except np.linalg.LinAlgError as error:
-        raise ConfigError(
-            f"a map {given.tolist()}", "expected one with an inverse", "use a crop's to_crop"
-        ) from error
-    return inverse[None, :2].astype(np.float32)
-
-
-def paste_matrix(to_frame: npt.ArrayLike, origin: tuple[int, int]) -> F32:
-    """Where :func:`paste_graph` reads the crop.
-
-    Args:
-        to_frame: float ``[2, 3]`` or ``[3, 3]``, px of the crop → px of the frame.
-        origin: x, y of the patch in the frame: ``PastePlan.rect[:2]``, or (0, y0) for whole rows.
-
-    Returns:
-        float32 ``[1, 2, 3]``, px of the patch → px of the crop.
-
-    Raises:
-        ConfigError: as :func:`sampling_matrix`.
-    """
-    moved = np.array(to_frame, np.float64)
-    if moved.shape in ((2, 3), (3, 3)):
-        moved[:2, 2] -= origin
-    return sampling_matrix(moved)
-
-
-def mesh_inputs(transform: CropTransform, frame_size: tuple[int, int]) -> tuple[int, F32, F32]:
-    """What :func:`mesh_crop_graph` takes for one crop.
-
-    Args:
-        transform: the crop.
-        frame_size: width, height of the frame.
-
-    Returns:
-        halvings that the crop needs (perhaps more than there is a graph for), ``matrix`` ``[1, 2, 3]``, ``origin`` ``[1, 2]``.
-    """
-    matrix = transform.matrix
-    halvings = math.floor(math.log2(max(1.0, 2 / _HALVE_FROM / transform.scale)))
-    if not halvings:
-        return 0, sampling_matrix(matrix), np.zeros((1, 2), np.float32)
-    block = 2**halvings
-    # The blocks begin where the twin's part of the frame begins. A crop beyond the frame's end reads nothing from anywhere.
-    low = transform.corners().min(0)
-    origin = np.array(
-        [min(max(0, math.floor(float(v)) - 2 * block), n - 1) for v, n in zip(low, frame_size, strict=True)]
-    )
-    matrix[:, 2] += matrix[:, :2] @ (origin + (block - 1) / 2)
-    matrix[:, :2] *= block
-    return halvings, sampling_matrix(matrix), origin[None].astype(np.float32)
+def shipped() -> dict[str, onnx.ModelProto]:
+    """The graphs of ``runtime/device_graphs`` by name of the file. Opset 16, which both flavours' targets take; equal
+    versions of PyTorch give equal bytes."""
+    return {name: make(flavor="tensorrt8") for name, make in _SHIPPED.items()}
 
 
 # -- what a graph costs -----------------------------------------------------------------------------------
@@ -723,8 +659,8 @@ def cost(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> Cost:
         ExportError: a size is missing or does not fit, or a size inside the graph depends on values.
 
     Example:
-        >>> cost(resize_graph(512, 256), {"crop": (1, 512, 512, 3)}).boundary_bytes
-        983040
+        >>> cost(resize_graph(), {"crop": (1, 512, 512, 3), "weights": (256, 512)}).boundary_bytes
+        1507328
     """
     graph = _folded(model, shapes).graph
     sizes = {t.name: list(t.dims) for t in graph.initializer}
@@ -828,3 +764,22 @@ def _folded(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> onnx
         onnxruntime.InferenceSession(fixed.SerializeToString(), options, providers=["CPUExecutionProvider"])
         folded = onnx.load(path)
     return onnx.shape_inference.infer_shapes(folded, data_prop=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write :func:`shipped` to a folder, which must exist.
+
+    Raises:
+        OutputError: a file cannot be written.
+    """
+    parser = argparse.ArgumentParser(prog="python -m lp_edge.export.device_graphs", description=main.__doc__)
+    usual = Path(pixels.__file__).parent / "device_graphs"
+    parser.add_argument("folder", type=Path, nargs="?", default=usual, help=f"default: {usual}")
+    folder = parser.parse_args(arguments).folder
+    for name, model in shipped().items():
+        save(model, folder / f"{name}.onnx")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

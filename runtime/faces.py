@@ -25,6 +25,7 @@ from lp_edge.runtime import topology
 
 __all__ = [
     "CROP_FACTOR",
+    "HALVE_FROM",
     "CropTransform",
     "DetectorConfig",
     "Face",
@@ -179,6 +180,10 @@ def non_maximum_suppression(
 # --- crops -----------------------------------------------------------------------------------------------------------
 
 
+HALVE_FROM = 1.875
+"""Reduction from which a crop is halved before the bilinear sampling, which reads only 2 x 2 pixels."""
+
+
 @dataclass(frozen=True)
 class CropTransform:
     """A level square crop of a frame: a similarity between frame and crop pixels.
@@ -248,7 +253,7 @@ class CropTransform:
             that part is halved by averaging first, until less than a factor of 1.9 remains, so that fine structure
             does not alias.
         """
-        matrix, halvings = self.matrix, math.floor(math.log2(max(1.0, 2 / _HALVE_FROM / self.scale)))
+        matrix, halvings = self.matrix, math.floor(math.log2(max(1.0, 2 / HALVE_FROM / self.scale)))
         if halvings:
             rgb, matrix = self._reduced(rgb, matrix, halvings)
         crop = cv2.warpAffine(rgb, matrix, (self.size, self.size), flags=cv2.INTER_LINEAR)
@@ -278,10 +283,6 @@ class CropTransform:
         moved[:, 2] += matrix[:, :2] @ (np.array([x0, y0]) + (block - 1) / 2)
         moved[:, :2] *= block
         return part, moved
-
-
-_HALVE_FROM = 1.875
-"""Reduction from which a crop is halved before the bilinear sampling, which reads only 2 x 2 pixels."""
 
 
 def crop_from_points(points: npt.ArrayLike, size: int, factor: float = CROP_FACTOR) -> CropTransform:

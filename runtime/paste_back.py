@@ -23,7 +23,15 @@ import numpy.typing as npt
 
 from lp_edge.errors import ConfigError
 
-__all__ = ["PastePlan", "crop_mask", "paste_back", "paste_back_affine", "resized_to_frame", "soft_mask"]
+__all__ = [
+    "PastePlan",
+    "crop_mask",
+    "paste_back",
+    "paste_back_affine",
+    "placed_rect",
+    "resized_to_frame",
+    "soft_mask",
+]
 
 U8 = npt.NDArray[np.uint8]
 F64 = npt.NDArray[np.float64]
@@ -192,7 +200,7 @@ class PastePlan:
                 f"expected uint8[{crop_size}, {crop_size}]",
                 "use a mask of the crop's size",
             )
-        rect = _bounding(matrix, frame_size, crop_size)
+        rect = placed_rect(matrix, frame_size, crop_size)
         weight = _Warp.of(matrix, rect, frame_size).mask(mask)
         # Shrink to where the mask is above 0.
         rows, columns = (np.flatnonzero(weight.any(axis=axis)) for axis in (1, 0))
@@ -267,10 +275,24 @@ def paste_back_affine(
     return PastePlan.prepare(to_frame, size, crop.shape[0], mask=mask).paste(frame, crop, out=out)
 
 
-def _bounding(matrix: F64, frame_size: tuple[int, int], crop_size: int) -> tuple[int, int, int, int]:
-    """Rectangle in the frame that holds every pixel to which a bilinear warp of the crop contributes."""
+def placed_rect(
+    to_frame: npt.ArrayLike, frame_size: tuple[int, int], crop_size: int
+) -> tuple[int, int, int, int]:
+    """The part of a frame to which a bilinear warp of a crop contributes.
+
+    Args:
+        to_frame: float ``[3, 3]`` or ``[2, 3]``, pixels of the crop → pixels of the frame.
+        frame_size: width, height of the frame.
+        crop_size: side of the crop in pixels.
+
+    Returns:
+        x0, y0, x1, y1 within the frame; x0 = x1 or y0 = y1 where the crop lies outside of it.
+
+    Raises:
+        ConfigError: ``to_frame`` is no invertible affine map.
+    """
     ends = (-1.0, float(crop_size))  # one pixel beyond the outermost centres the contribution has ended
-    corners = np.array([(x, y, 1.0) for x in ends for y in ends]) @ matrix[:2].T
+    corners = np.array([(x, y, 1.0) for x in ends for y in ends]) @ _affine(to_frame)[:2].T
     low, high = np.floor(corners.min(0)), np.ceil(corners.max(0)) + 1
     x0, x1, y0, y1 = (
         int(np.clip(value, 0, limit))

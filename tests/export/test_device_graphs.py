@@ -26,12 +26,13 @@ import lp_edge
 from lp_edge.engines import names
 from lp_edge.engines.backends import BackendConfig, open_runner
 from lp_edge.engines.runner import to_host
-from lp_edge.errors import ConfigError, ExportError
+from lp_edge.errors import ConfigError, ExportError, OutputError
 from lp_edge.export import device_graphs as graphs
 from lp_edge.export.lint import lint
 from lp_edge.export.onnx_export import serialise
 from lp_edge.export.opset import opset_of
 from lp_edge.runtime.crop import cut
+from lp_edge.runtime.device_inputs import mesh_inputs, paste_matrix, resize_weights, sampling_matrix
 from lp_edge.runtime.faces import CropTransform
 from lp_edge.runtime.paste_back import PastePlan, crop_mask, paste_back, soft_mask
 
@@ -107,6 +108,7 @@ NAMES = (
     "resize_512_to_300",
     "resize_512_to_1024",
     "letterbox",
+    "cut",
     "paste",
     "paste_mask",
     "rect_paste",
@@ -159,6 +161,35 @@ def test_the_same_graph_has_the_same_bytes() -> None:
     assert serialise(graphs.crop_graph(64)) == serialise(graphs.crop_graph(64))
 
 
+def test_the_graphs_of_the_package_are_those_that_are_made_now() -> None:
+    folder = Path(lp_edge.__file__).resolve().parent / "runtime" / "device_graphs"
+    made = graphs.shipped()
+    assert {path.stem for path in folder.iterdir() if path.suffix == ".onnx"} == made.keys()
+    for name, model in made.items():
+        data = (folder / f"{name}.onnx").read_bytes()
+        there = onnx.load_from_string(data)
+        # The header names the version of PyTorch.
+        assert serialise(onnx.ModelProto(graph=there.graph)) == serialise(onnx.ModelProto(graph=model.graph))
+        assert opset_of(there) == 16 and len(data) < 20_000
+        assert lint(there, "tensorrt8") == [] and lint(there, "main") == []
+
+
+def test_the_command_writes_the_graphs_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "_SHIPPED", {"cut_region": graphs.cut_graph})
+    assert graphs.main([str(tmp_path)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["cut_region.onnx"]
+    with pytest.raises(OutputError):
+        graphs.main([str(tmp_path / "nowhere")])
+
+
+def test_columns_of_lines_are_a_rectangle() -> None:
+    frame = noise(2, 20, 30, 3)
+    image = run(graphs.cut_graph(), frame=frame[:, 3:9], columns=np.arange(7, 30, dtype=np.float32))
+    assert np.array_equal(image, frame[:, 3:9, 7:30])
+
+
 # -- crops -------------------------------------------------------------------------------------------------
 
 
@@ -177,7 +208,7 @@ def test_tiny_frames(crop64: Any, size: tuple[int, int], scale: float) -> None:
         for degrees in (0, 90, 33)
         for off in (0, 0.7)
     ]
-    matrix = np.concatenate([graphs.sampling_matrix(m) for m in maps])
+    matrix = np.concatenate([sampling_matrix(m) for m in maps])
     expected = np.stack([cut(frame, m, size=64).image for m in maps])
     assert expected.any()
     assert apart(run(crop64, frame=frame[None], matrix=matrix), expected) <= 1
@@ -209,14 +240,14 @@ def test_half_a_pixel_beyond_the_border_is_half_as_bright(crop64: Any) -> None:
 def test_positions_hold_in_the_far_corner_of_a_large_frame(crop64: Any) -> None:
     frame = noise(2160, 3840, 3) // 128 * 255  # black and white: 1/32 pixel would be 8 levels
     maps = [turned(scale, degrees, 3820, 2140, 64) for scale, degrees in ((1.37, 11), (0.31, -77), (4, 0))]
-    matrix = np.concatenate([graphs.sampling_matrix(m) for m in maps])
+    matrix = np.concatenate([sampling_matrix(m) for m in maps])
     expected = np.stack([cut(frame, m, size=64).image for m in maps])
     assert apart(run(crop64, frame=frame[None], matrix=matrix), expected) <= 1
 
 
 def test_one_frame_for_all_crops_or_one_for_each(crop64: Any) -> None:
     frames = noise(3, 50, 70, 3)
-    matrix = np.concatenate([graphs.sampling_matrix(turned(1.7, d, 30, 20, 64)) for d in (5, 50, 95)])
+    matrix = np.concatenate([sampling_matrix(turned(1.7, d, 30, 20, 64)) for d in (5, 50, 95)])
     each = run(crop64, frame=frames, matrix=matrix)
     for i in range(3):
         alone = run(crop64, frame=frames[i : i + 1], matrix=matrix)
@@ -228,8 +259,8 @@ def test_rows_of_a_frame_are_a_frame(crop64: Any) -> None:
     frame = noise(1, 300, 80, 3)
     to_crop = turned(1.0, 20, 40, 150, 64)
     moved = to_crop @ np.array([[1, 0, 0], [0, 1, 90], [0, 0, 1.0]])
-    whole = run(crop64, frame=frame, matrix=graphs.sampling_matrix(to_crop))
-    part = run(crop64, frame=frame[:, 90:210], matrix=graphs.sampling_matrix(moved))
+    whole = run(crop64, frame=frame, matrix=sampling_matrix(to_crop))
+    part = run(crop64, frame=frame[:, 90:210], matrix=sampling_matrix(moved))
     assert apart(whole, part) <= 1 and whole.any()
 
 
@@ -239,7 +270,7 @@ def test_rows_of_a_frame_are_a_frame(crop64: Any) -> None:
 @pytest.mark.parametrize("reduction", [0.4, 1.87, 1.88, 3.74, 3.76, 7.6, 20.0])
 def test_mesh_inputs_say_how_often_a_crop_is_halved(reduction: float) -> None:
     transform = CropTransform((50.0, 60.0), 64 * reduction, 0.3, 64)
-    halvings, matrix, origin = graphs.mesh_inputs(transform, (640, 480))
+    halvings, matrix, origin = mesh_inputs(transform, (640, 480))
     remaining = reduction / 2**halvings
     assert remaining < 1.876 and (halvings == 0 or remaining >= 0.9374)
     assert np.hypot(*matrix[0, :, 0]) == pytest.approx(remaining, rel=1e-6)
@@ -253,7 +284,7 @@ def test_mesh_inputs_say_how_often_a_crop_is_halved(reduction: float) -> None:
 def test_mesh_crops_at_and_beyond_the_border(built: Any, centre: tuple[float, float]) -> None:
     frame = noise(61, 131, 3)  # no multiple of a block
     transforms = [CropTransform(centre, 40 * 5.0, roll, 40) for roll in (0.0, 0.7)]
-    given = [graphs.mesh_inputs(t, (131, 61)) for t in transforms]
+    given = [mesh_inputs(t, (131, 61)) for t in transforms]
     assert {g[0] for g in given} == {2}
     image = run(
         built("mesh_crop_2"),
@@ -294,7 +325,7 @@ def test_a_frame_of_the_right_size_passes_a_letterbox_unchanged() -> None:
 def test_lanczos_clips_where_it_overshoots() -> None:
     crop = np.zeros((1, 16, 16, 3), np.uint8)
     crop[:, :, 8:] = 255
-    image = run(graphs.resize_graph(16, 40), crop=crop)
+    image = run(graphs.resize_graph(), crop=crop, weights=resize_weights(16, 40))
     expected = cv2.resize(crop[0], (40, 40), interpolation=cv2.INTER_LANCZOS4)
     assert apart(image[0], expected) == 0 and set(image[0, 0, :10, 0]) == {0} and image.max() == 255
 
@@ -306,7 +337,7 @@ def test_the_blend_is_exact_for_all_pairs_of_pixels() -> None:
     above, below = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8))
     weights = np.array([0, 1, 2, 64, 127, 128, 200, 253, 254, 255], np.uint8)
     image = run(
-        graphs.paste_graph(256),
+        graphs.paste_graph(),
         patch=np.repeat(below[None, ..., None], 3, 3),
         crop=np.repeat(above[None, ..., None], 3, 3),
         matrix=np.repeat(np.array([[[1, 0, 0], [0, 1, 0]]], np.float32), len(weights), 0),
@@ -328,10 +359,10 @@ def test_a_patch_may_be_whole_rows_of_the_frame() -> None:
     rows = frame[None, y0:y1]
     assert np.shares_memory(rows, frame)
     image = run(
-        graphs.paste_graph(64),
+        graphs.paste_graph(),
         patch=rows,
         crop=crops,
-        matrix=graphs.paste_matrix(to_frame, (0, y0)),
+        matrix=paste_matrix(to_frame, (0, y0)),
         weight=weight,
     )
     for out, crop in zip(image, crops, strict=True):
@@ -347,10 +378,10 @@ def test_a_moving_source_has_a_patch_and_a_matrix_for_each_crop() -> None:
     x0, y0 = (min(p.rect[i] for p in plans) for i in (0, 1))
     x1, y1 = (max(p.rect[i] for p in plans) for i in (2, 3))
     image = run(
-        graphs.paste_graph(64, warp_mask=True),
+        graphs.paste_graph(warp_mask=True),
         patch=np.ascontiguousarray(frames[:, y0:y1, x0:x1]),
         crop=crops,
-        matrix=np.concatenate([graphs.paste_matrix(m, (x0, y0)) for m in maps]),
+        matrix=np.concatenate([paste_matrix(m, (x0, y0)) for m in maps]),
         mask=crop_mask(64)[None, ..., None],
     )
     for out, plan, frame, crop in zip(image, plans, frames, crops, strict=True):
@@ -381,17 +412,20 @@ def test_a_rectangle_from_very_few_pixels() -> None:
 
 
 def test_costs_equal_a_count_by_hand() -> None:
-    given, wanted = 512 * 512 * 3, 256 * 256 * 3
-    found = graphs.cost(graphs.resize_graph(512, 256), {"crop": (1, 512, 512, 3)})
-    assert found.boundary_bytes == given + wanted
-    # two sums, then a multiplication, an addition, a floor
-    assert found.flops == given + given // 2 + 3 * wanted
-    # float32 between casts and sums; multiplication to cast are one kernel
-    constants = 2 * 8 + 2 * 4  # axes of the sums, factor, half
-    assert found.fused_bytes == given + 2 * 4 * (given + given // 2 + wanted) + wanted + constants
-    assert found.node_bytes == found.fused_bytes + 2 * 4 * 3 * wanted
+    given, between, wanted, weights = 512 * 512 * 3, 256 * 512 * 3, 256 * 256 * 3, 256 * 512
+    found = graphs.cost(graphs.resize_graph(), {"crop": (1, 512, 512, 3), "weights": (256, 512)})
+    assert found.boundary_bytes == given + 4 * weights + wanted
+    # rows, columns; then an addition, a floor, a clip
+    assert found.flops == 2 * 512 * between + 2 * 512 * wanted + 3 * wanted
+    # float32 between cast, transpositions (of the crop, of the weights, of the result) and products; from addition to clip it is one kernel
+    constants = 3 * 4  # half, bounds
+    assert (
+        found.fused_bytes
+        == given + 4 * (4 * given + 4 * weights + 2 * between + 6 * wanted) + wanted + constants
+    )
+    assert found.node_bytes == found.fused_bytes + 2 * 4 * 2 * wanted
 
-    found = graphs.cost(graphs.resize_graph(512, 1024), {"crop": (2, 512, 512, 3)})
+    found = graphs.cost(graphs.resize_graph(), {"crop": (2, 512, 512, 3), "weights": (1024, 512)})
     products = 2 * 2 * 3 * (1024 * 512 * 512 + 1024 * 512 * 1024)
     assert products < found.flops < 1.01 * products
     assert (
@@ -401,7 +435,7 @@ def test_costs_equal_a_count_by_hand() -> None:
 
 
 def test_costs_grow_with_the_region_not_with_the_frame() -> None:
-    model = graphs.paste_graph(64)
+    model = graphs.paste_graph()
 
     def of(height: int, width: int) -> graphs.Cost:
         return graphs.cost(
@@ -421,11 +455,15 @@ def test_costs_grow_with_the_region_not_with_the_frame() -> None:
 
 @pytest.mark.parametrize(
     ("shapes", "words"),
-    [({}, "name all inputs"), ({"crop": (1, 16, 16)}, "fits"), ({"crop": (1, 16, 8, 3)}, "fits")],
+    [
+        ({}, "name all inputs"),
+        ({"frame": (1, 16, 3), "matrix": (1, 2, 3)}, "fits"),
+        ({"frame": (1, 16, 16, 3), "matrix": (1, 2, 4)}, "fits"),
+    ],
 )
 def test_costs_of_wrong_sizes_are_refused(shapes: dict[str, tuple[int, ...]], words: str) -> None:
     with pytest.raises(ExportError, match=words):
-        graphs.cost(graphs.resize_graph(16, 8), shapes)
+        graphs.cost(graphs.crop_graph(8), shapes)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------
@@ -440,14 +478,13 @@ def test_costs_of_wrong_sizes_are_refused(shapes: dict[str, tuple[int, ...]], wo
         (lambda: graphs.crop_graph(64, flavor="tensorrt7"), "main or tensorrt8"),  # type: ignore[arg-type]
         (lambda: graphs.mesh_crop_graph(64, 4), "0 to 3"),
         (lambda: graphs.mesh_crop_graph(64, -1), "0 to 3"),
-        (lambda: graphs.resize_graph(64, 64), "another size"),
-        (lambda: graphs.resize_graph(64, 0), "wanted is 0"),
+        (lambda: graphs.resize_graph(flavor="tensorrt7"), "main or tensorrt8"),  # type: ignore[arg-type]
+        (lambda: resize_weights(64, 0), "64 to 0 px"),
         (lambda: graphs.letterbox_graph((0, 32)), "height is 0"),
-        (lambda: graphs.paste_graph(0), "crop_size is 0"),
-        (lambda: graphs.sampling_matrix(np.zeros((2, 3))), "inverse"),
-        (lambda: graphs.sampling_matrix(np.eye(2)), "finite"),
-        (lambda: graphs.sampling_matrix(np.full((3, 3), np.nan)), "finite"),
-        (lambda: graphs.paste_matrix(np.eye(4), (0, 0)), "finite"),
+        (lambda: sampling_matrix(np.zeros((2, 3))), "inverse"),
+        (lambda: sampling_matrix(np.eye(2)), "finite"),
+        (lambda: sampling_matrix(np.full((3, 3), np.nan)), "finite"),
+        (lambda: paste_matrix(np.eye(4), (0, 0)), "finite"),
     ],
 )
 def test_wrong_arguments_are_refused(call: Callable[[], object], words: str) -> None:
@@ -467,7 +504,7 @@ def test_the_benchmark_prints_json_lines(bench: ModuleType, capsys: pytest.Captu
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert code == 0
     assert [row["benchmark"] for row in rows] == ["parity", "parity", "time", "cost"]
-    assert rows[0]["max"] == 0 and rows[2]["twin_ms"] > 0 and rows[3]["boundary_mb"] == 0.983
+    assert rows[0]["max"] == 0 and rows[2]["twin_ms"] > 0 and rows[3]["boundary_mb"] == 1.507
     assert all("versions" in row["provenance"] for row in rows)
 
 
