@@ -18,6 +18,7 @@ from lp_edge.errors import BackendUnavailable, ConfigError, LpEdgeError
 __all__ = [
     "AUTO",
     "BACKENDS",
+    "PIXELS",
     "Backend",
     "BackendConfig",
     "BackendStatus",
@@ -30,6 +31,7 @@ __all__ = [
 _LOG = logging.getLogger("lp_edge")
 
 AUTO: Final = "auto"
+PIXELS: Final = (AUTO, "host", "device")
 
 # A 3x3 convolution with ones on x [N, 1, 4, 4] -> y, written by tests/toys/make_toys.py (which compares it).
 _PROBE: Final = base64.b64decode(
@@ -50,15 +52,18 @@ class BackendConfig:
         device: index of the GPU; ignored on the CPU.
         threads: threads of one operator on the CPU; 0 = one per core.
         provider_options: options handed to the backend as they are; not allowed with ``auto``.
+        pixels: where crops are cut, resized and pasted: ``host``, ``device`` (as graphs on the backend) or ``auto``: on the
+            device where the backend keeps frames there.
 
     Raises:
-        ConfigError: unknown backend, negative number, or options for ``auto``.
+        ConfigError: unknown backend or place for pixels, negative number, or options for ``auto``.
     """
 
     backend: str = AUTO
     device: int = 0
     threads: int = 0
     provider_options: Mapping[str, str] = field(default_factory=dict, hash=False)
+    pixels: str = AUTO
 
     def __post_init__(self) -> None:
         if self.backend != AUTO and self.backend not in BACKENDS:
@@ -66,6 +71,12 @@ class BackendConfig:
                 f"unknown backend {self.backend!r}",
                 f"expected one of {', '.join((AUTO, *BACKENDS))}",
                 "choose one; lp-doctor tells which work here",
+            )
+        if self.pixels not in PIXELS:
+            raise ConfigError(
+                f"unknown place for pixels {self.pixels!r}",
+                f"expected one of {', '.join(PIXELS)}",
+                "leave it at auto",
             )
         for key, value in (("device", self.device), ("threads", self.threads)):
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 4096:

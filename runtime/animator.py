@@ -6,17 +6,20 @@
                                        compose ─ warp ─ paste-back ─ frames
     source ── decode ─ track ─ crop ───┘
 
-Every arrow between two stages is a bounded queue with a thread behind it, so decoding, motion and rendering overlap and
-memory does not grow with the length of a clip. A family that has to see the whole of a source clip's motion first
+Every arrow between two stages is a bounded queue with a thread behind it, so decoding, motion, rendering and putting frames
+together overlap and memory does not grow with the length of a clip. Where a device draws, batches of frames are queued there while
+the ones before them are brought back. A family that has to see the whole of a source clip's motion first
 (:meth:`Family.measures_whole_clip`) gets two passes, between which only motion is kept.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,7 +31,8 @@ from lp_edge.engines import names
 from lp_edge.engines.backends import BackendConfig, resolve_backend
 from lp_edge.engines.bundle import Bundle, open_bundle
 from lp_edge.errors import ConfigError, NoFaceError
-from lp_edge.runtime.cast import AnimatedFrame, Cast, Slots, too_many_drivers
+from lp_edge.runtime.batch_size import BatchTuner, candidates
+from lp_edge.runtime.cast import AnimatedFrame, Cast, DrawnFrame, Shot, Slots, too_many_drivers
 from lp_edge.runtime.driver import Driver, DriverFrame, Drivers, at_rate, decode, frame_rate
 from lp_edge.runtime.face_motion import Canonical
 from lp_edge.runtime.faces import DetectorConfig, Face, FaceDetector, FaceMeshNet, faces_policy
@@ -52,6 +56,8 @@ Driving = str | Path | MotionTemplate | Driver | None
 """Anything that can drive: clip, picture, template (file, name or object), an open driver, or None for edits alone."""
 
 _QUEUE = 4
+# Batches that may be under way on the device or wait to be put together.
+_BATCHES = 2
 
 
 @dataclass
@@ -64,6 +70,7 @@ class Animation:
         expected: estimated number of frames, ``None`` when unknown.
         still: the result is one picture (picture source, picture driver).
         watch: time spent per stage.
+        batches: how many frames are drawn at once.
         counts: frames by the driver's face state.
     """
 
@@ -73,6 +80,7 @@ class Animation:
     still: bool
     frames: Prefetch[AnimatedFrame]
     watch: Stopwatch
+    batches: BatchTuner
     counts: dict[str, int] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[AnimatedFrame]:
@@ -133,6 +141,7 @@ class Animator:
         self.canonical = Canonical.from_table(self.bundle.load_table("canonical"))
         self.backend = self.family.backend
         self._drivers = Drivers(self.family, self.finder)
+        self._batch_size: int | None = None  # the one that an earlier animation found
 
     def __enter__(self) -> Animator:  # noqa: PYI034 - Self needs Python 3.11
         return self
@@ -217,6 +226,11 @@ class Animator:
         """
         return self._drivers.open(driving, options or AnimateOptions(), watch or Stopwatch())
 
+    def _tuner(self, size: int | None) -> BatchTuner:
+        family = self.family
+        known = size if size is not None else self._batch_size
+        return BatchTuner(candidates(known, family.resident, family.max_batch))
+
     # -- whole animations -----------------------------------------------------------------------------
 
     def animate(
@@ -228,6 +242,7 @@ class Animator:
         portraits: Sequence[Portrait] | None = None,
         watch: Stopwatch | None = None,
         pixels: bool = True,
+        batch_size: int | None = None,
     ) -> Animation:
         """Animate a source with a driver.
 
@@ -243,6 +258,9 @@ class Animator:
             pixels: frames carry the driver's pictures. Without them a family that reads a driver as a whole first need not
                 decode it twice.
 
+            batch_size: frames that the network draws at once, 1 to 64; None = 1 on a CPU, where more are no faster, and on a
+                device what proves fastest over the first frames.
+
         Returns:
             An :class:`Animation`; its frames are made while it is iterated.
 
@@ -250,6 +268,7 @@ class Animator:
             MediaError, NoFaceError, ConfigError: before the first frame where that can be known, otherwise from the iteration.
         """
         options, watch = options or AnimateOptions(), watch or Stopwatch()
+        tuner = self._tuner(batch_size)
         several: list[Driving] = list(driving) if isinstance(driving, (list, tuple)) else [driving]  # type: ignore[list-item]
         if not several:
             raise ConfigError("no driver", "expected one or more", "pass None to let edits alone act")
@@ -262,7 +281,7 @@ class Animator:
             )
         drivers = [self.open_driver(d, options, watch) for d in several]
         if not isinstance(source, np.ndarray) and sniff_kind(Path(source)) == "video":
-            return self._animate_clip(Path(source), drivers, options, watch, pixels)
+            return self._animate_clip(Path(source), drivers, options, watch, pixels, tuner)
         rgb = source if isinstance(source, np.ndarray) else read_image(source)
         faces = list(enumerate(self.prepare_source(rgb, options) if portraits is None else portraits))
         if len(faces) < len(drivers):
@@ -271,10 +290,10 @@ class Animator:
         still = all(d.still for d in drivers)
         fps = next((d.fps for d in drivers if not d.still), drivers[0].fps)
 
-        def rendered() -> Iterator[AnimatedFrame]:
+        def shots() -> Generator[Shot, None, None]:
             with closing(_together(drivers, fps, options.length)) as steps:
                 for index, (when, together) in enumerate(steps):
-                    yield cast.draw(index, rgb, when, faces, together, watch)
+                    yield Shot(index, rgb, when, faces, together)
                     if still:
                         return
 
@@ -284,10 +303,16 @@ class Animator:
         ]
         known = [c for c in counts if c is not None]
         expected = 1 if still else min(known) if known and options.length != "driving" else counts[0]
-        return Animation(fps, size, expected, still, prefetch(rendered(), _QUEUE, "render"), watch)
+        return Animation(fps, size, expected, still, self._drawn(cast, shots(), tuner, watch), watch, tuner)
 
     def _animate_clip(
-        self, path: Path, drivers: list[Driver], options: AnimateOptions, watch: Stopwatch, pixels: bool
+        self,
+        path: Path,
+        drivers: list[Driver],
+        options: AnimateOptions,
+        watch: Stopwatch,
+        pixels: bool,
+        tuner: BatchTuner,
     ) -> Animation:
         """A clip as source: every frame is a source of its own, the drivers' steps are laid on its times."""
         info = probe(path)
@@ -298,7 +323,7 @@ class Animator:
         cast = Cast(self.family, drivers, options, source_clip=True)
         whole = any(self.family.measures_whole_clip(d.kind) for d in drivers)
 
-        def rendered() -> Iterator[AnimatedFrame]:
+        def shots() -> Generator[Shot, None, None]:
             index, any_face = 0, False
             shown: Sequence[Driver] = drivers
             if whole:
@@ -315,7 +340,7 @@ class Animator:
                     any_face = any_face or bool(portraits)
                     if not any_face and when > options.face_timeout:
                         raise _no_source_face(path)
-                    yield cast.draw(index, rgb, Fraction(index) / fps, portraits, together, watch)
+                    yield Shot(index, rgb, Fraction(index) / fps, portraits, together)
                     index += 1
             if not any_face:
                 raise _no_source_face(path)
@@ -323,7 +348,35 @@ class Animator:
         lengths = [round(d.expected * fps / d.fps) for d in drivers if d.expected is not None and not d.still]
         expected = _expected(info.frames, min(lengths, default=None), length)
         size = (info.width, info.height) if options.paste_back else (self.family.crop_size(options),) * 2
-        return Animation(fps, size, expected, False, prefetch(rendered(), _QUEUE, "render"), watch)
+        return Animation(fps, size, expected, False, self._drawn(cast, shots(), tuner, watch), watch, tuner)
+
+    def _drawn(
+        self, cast: Cast, shots: Generator[Shot, None, None], tuner: BatchTuner, watch: Stopwatch
+    ) -> Prefetch[AnimatedFrame]:
+        """Frames of the result; where a device draws, batches are begun in one thread and put together in another."""
+
+        def begun() -> Generator[list[DrawnFrame], None, None]:
+            with closing(shots):
+                for batch in _batches(shots, tuner):
+                    started = time.perf_counter()
+                    frames = cast.begin(batch, watch)
+                    if tuner.chosen is None and all(frame.faces for frame in frames):
+                        for frame in frames:
+                            frame.finish()
+                        tuner.tell(len(frames), time.perf_counter() - started)
+                        self._batch_size = tuner.chosen
+                    yield frames
+
+        def finished() -> Iterator[AnimatedFrame]:
+            # What the host draws is finished when it is begun: a second thread would only take turns with the first.
+            resident = self.family.resident
+            batches = prefetch(begun(), _BATCHES, "draw") if resident else begun()
+            with closing(batches):
+                for frames in batches:
+                    for frame in frames:
+                        yield frame.finish()
+
+        return prefetch(finished(), _QUEUE, "render")
 
     def _measures(
         self, path: Path, fps: Fraction, options: AnimateOptions, drivers: int, watch: Stopwatch
@@ -347,7 +400,9 @@ class Animator:
         with closing(self._measures(path, fps, options, drivers, watch)) as measured:
             for when, rgb, measures in measured:
                 with watch("prepare"):
-                    portraits = [(slot, self.family.portrait(rgb, m, options)) for slot, m in measures]
+                    portraits = [
+                        (slot, self.family.portrait(rgb, m, options, clip=True)) for slot, m in measures
+                    ]
                 yield when, rgb, portraits
 
     def _planned(
@@ -368,7 +423,9 @@ class Animator:
         with prefetch(decode(path, fps, watch), _QUEUE, "decode source again") as frames:
             for (when, rgb), found in zip(frames, measures, strict=True):
                 with watch("prepare"):
-                    portraits = [(slot, self.family.portrait(rgb, m, options)) for slot, m in found]
+                    portraits = [
+                        (slot, self.family.portrait(rgb, m, options, clip=True)) for slot, m in found
+                    ]
                 yield when, rgb, portraits
 
     def _plan(
@@ -392,6 +449,24 @@ class Animator:
                 sources.append(known)
                 driving.append(held)
         cast.follower(slot).plan(sources, driving, neutral)
+
+
+def _batches(shots: Iterator[Shot], tuner: BatchTuner) -> Iterator[list[Shot]]:
+    """Shots in batches of the tuner's size; what came before an error is drawn before it is raised."""
+    error: Exception | None = None
+    more = True
+    while more:
+        batch: list[Shot] = []
+        try:
+            for shot in islice(shots, tuner.size):
+                batch.append(shot)  # noqa: PERF402 - what came before an error counts
+            more = bool(batch)
+        except Exception as caught:  # noqa: BLE001 - raised below
+            error, more = caught, False
+        if batch:
+            yield batch
+    if error is not None:
+        raise error
 
 
 def _together(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -10,17 +11,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lp_edge.engines.device import rows
+from lp_edge.engines.runner import Array
 from lp_edge.errors import ConfigError, NoFaceError
 from lp_edge.runtime.driver import Driver, DriverFrame
 from lp_edge.runtime.faces import Face, faces_policy, left_to_right
 from lp_edge.runtime.family import Family, Follower, Portrait
 from lp_edge.runtime.motion import Motion
 from lp_edge.runtime.options import AnimateOptions
+from lp_edge.runtime.pixels import Drawn, Rect
 from lp_edge.runtime.stopwatch import Stopwatch
 
-__all__ = ["AnimatedFrame", "Cast", "Slots", "too_many_drivers"]
+__all__ = ["AnimatedFrame", "Cast", "DrawnFrame", "Shot", "Slots", "too_many_drivers"]
 
 U8 = npt.NDArray[np.uint8]
+F32 = npt.NDArray[np.float32]
 
 _MAX_FACES = 8
 
@@ -42,6 +47,67 @@ class AnimatedFrame:
     driver: DriverFrame
 
 
+@dataclass(frozen=True)
+class Shot:
+    """What one frame of the result is made from.
+
+    Attributes:
+        index: 0, 1, 2, …
+        rgb: uint8 ``[H, W, 3]``, the source frame.
+        when: its time in seconds.
+        faces: its faces, each with its slot.
+        steps: the drivers' steps.
+    """
+
+    index: int
+    rgb: U8
+    when: Fraction
+    faces: Sequence[tuple[int, Portrait]]
+    steps: Sequence[DriverFrame]
+
+
+class DrawnFrame:
+    """A frame of the result, perhaps still being drawn on a device; made by :meth:`Cast.begin`."""
+
+    def __init__(self, shot: Shot, watch: Stopwatch) -> None:
+        self._shot, self._watch = shot, watch
+        self._finished: AnimatedFrame | None = None
+        self.faces = 0  # that move
+        self.drawn: list[Drawn] = []
+        self.alone: Callable[[], U8] | None = None  # the crop, where nothing is pasted back
+
+    def finish(self) -> AnimatedFrame:
+        """Wait for it and put it together; once, however often it is called."""
+        if self._finished is None:
+            self._finished = self._put_together()
+            self.drawn, self.alone = [], None
+        return self._finished
+
+    def _put_together(self) -> AnimatedFrame:
+        shot = self._shot
+        rgb = shot.rgb
+        if self.alone is not None or self.drawn:
+            with self._watch("paste_back"):
+                rgb = rgb.copy() if self.alone is None else self.alone()
+                for face in self.drawn:
+                    face.write(rgb)
+        return AnimatedFrame(shot.index, rgb, shot.rgb, shot.steps[0])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A face of a frame, composed; ``covered``: a face that is drawn before it overlaps it."""
+
+    frame: DrawnFrame
+    portrait: Portrait
+    kp_source: F32
+    kp_driving: F32
+    covered: bool
+
+    def goes_with(self, other: _Part) -> bool:
+        return self.portrait is other.portrait and self.covered == other.covered
+
+
 class Cast:
     """Who follows whom: one driver for all faces, or one for each from the first on; faces beyond the drivers stay still.
 
@@ -61,7 +127,7 @@ class Cast:
         self._followers: dict[int, Follower[Any]] = {}
         for slot in range(len(drivers)):
             self.follower(slot)  # so that an option that does not fit is told before any work
-        self._last: U8 | None = None
+        self._last: Callable[[], U8] | None = None
 
     def driver_of(self, slot: int) -> int | None:
         """Index of the driver of the face in ``slot``; None when there is none."""
@@ -104,6 +170,34 @@ class Cast:
             neutral = self._neutral[index] = step.motion
         return step.motion, neutral
 
+    def begin(self, shots: Sequence[Shot], watch: Stopwatch) -> list[DrawnFrame]:
+        """Compose some frames that follow each other and start to draw them.
+
+        What a device draws is perhaps not finished when this returns: :meth:`DrawnFrame.finish` waits for it. Frames are drawn
+        in as few calls of the network as the family allows, at most :attr:`Family.max_batch` in one.
+
+        Args:
+            shots: the frames, in order.
+            watch: gets the stages ``compose``, ``warp`` (on a device: what it takes to queue the work) and ``paste_back``
+                (there: with waiting for it), one sample a face or frame.
+        """
+        frames = [DrawnFrame(shot, watch) for shot in shots]
+        parts: list[_Part] = []
+        for shot, frame in zip(shots, frames, strict=True):
+            parts += self._compose(shot, frame, watch)
+        for group in self._groups(parts):
+            with watch("warp", len(group)):
+                crops = self._family.render(
+                    [part.portrait for part in group],
+                    [part.kp_source for part in group],
+                    [part.kp_driving for part in group],
+                )
+                self._place(group, crops)
+        if not self._options.paste_back:
+            for frame in frames:
+                self._last = frame.alone = frame.alone or self._last or self._blank()
+        return frames
+
     def draw(
         self,
         index: int,
@@ -114,29 +208,80 @@ class Cast:
         watch: Stopwatch,
     ) -> AnimatedFrame:
         """One frame of an animation; a face stays as it is while its driver shows none."""
-        options, family = self._options, self._family
-        out: U8 | None = None
-        edits = options.edits_at(float(when))
-        for slot, portrait in faces:
-            moves = self.motions(slot, steps, portrait.motion)
+        return self.begin([Shot(index, rgb, when, faces, steps)], watch)[0].finish()
+
+    def _compose(self, shot: Shot, frame: DrawnFrame, watch: Stopwatch) -> Iterator[_Part]:
+        """The faces of a frame that move."""
+        edits = self._options.edits_at(float(shot.when))
+        taken: list[Rect] = []
+        for slot, portrait in shot.faces:
+            moves = self.motions(slot, shot.steps, portrait.motion)
             if moves is None:
-                if not options.paste_back and self._last is None:
-                    self._last = family.crop_only(portrait, None, options)
+                if not self._options.paste_back and self._last is None and frame.alone is None:
+                    still = self._family.still_crop(portrait)
+                    frame.alone = _rows(self._family.crops_alone(portrait, still, self._options), 1)[0]
                 continue
             with watch("compose"):
-                kp_source, kp_driving = self.follower(slot).keypoints(index, portrait, *moves, edits)
-            with watch("warp"):
-                crop = family.render(portrait, [kp_source], [kp_driving])[0]
-            with watch("paste_back"):
-                if options.paste_back:
-                    out = family.paste(portrait, crop, out)
-                else:
-                    self._last = family.crop_only(portrait, crop, options)
-        if not options.paste_back:
-            size = family.crop_size(options)
-            # until the first face of a clip there is nothing to cut out
-            out = self._last if self._last is not None else np.zeros((size, size, 3), np.uint8)
-        return AnimatedFrame(index, rgb if out is None else out, rgb, steps[0])
+                keypoints = self.follower(slot).keypoints(shot.index, portrait, *moves, edits)
+            covered = any(_overlap(portrait.place.rect, rect) for rect in taken)
+            taken.append(portrait.place.rect)
+            frame.faces += 1
+            yield _Part(frame, portrait, *keypoints, covered)
+
+    def _groups(self, parts: Sequence[_Part]) -> Iterator[list[_Part]]:
+        """Parts that one call of the network draws: those of one portrait, or, where the family can, one of each of several.
+
+        A portrait's features serve all rows of a call as they are; laid together with others they are copied for each row.
+        """
+        by_portrait: dict[int, list[_Part]] = {}
+        for part in parts:
+            by_portrait.setdefault(id(part.portrait), []).append(part)
+        groups = [*by_portrait.values()]
+        if self._family.mixes_portraits and all(len(group) == 1 for group in groups):
+            groups = [[*parts]]
+        size = self._family.max_batch or max(1, len(parts))
+        for group in groups:
+            yield from (group[start : start + size] for start in range(0, len(group), size))
+
+    def _place(self, group: Sequence[_Part], crops: Array) -> None:
+        """Hand rows of drawn crops to their frames, in runs of one portrait."""
+        start = 0
+        while start < len(group):
+            first = group[start]
+            stop = start + 1
+            while stop < len(group) and group[stop].goes_with(first):
+                stop += 1
+            run, mine = group[start:stop], rows(crops, start, stop)
+            if self._options.paste_back:
+                placed = first.portrait.place.draw(mine, blend_on_host=first.covered)
+                for part, drawn in zip(run, placed, strict=True):
+                    part.frame.drawn.append(drawn)
+            else:
+                alone = self._family.crops_alone(first.portrait, mine, self._options)
+                for part, row in zip(run, _rows(alone, len(run)), strict=True):
+                    part.frame.alone = row
+            start = stop
+
+    def _blank(self) -> Callable[[], U8]:
+        """Until the first face of a clip there is nothing to cut out."""
+        size = self._family.crop_size(self._options)
+        return lambda: np.zeros((size, size, 3), np.uint8)
+
+
+def _rows(wait: Callable[[], U8], count: int) -> list[Callable[[], U8]]:
+    """The pictures of a batch that is waited for once."""
+    wait = functools.cache(wait)
+
+    def row(index: int) -> Callable[[], U8]:
+        return lambda: wait()[
+            index
+        ].copy()  # a view would keep the whole batch, perhaps in page-locked memory
+
+    return [row(index) for index in range(count)]
+
+
+def _overlap(a: Rect, b: Rect) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 class Slots:

@@ -17,6 +17,7 @@ from lp_edge.errors import ConfigError
 from lp_edge.runtime.face_motion import Canonical
 from lp_edge.runtime.family import Family
 from lp_edge.runtime.mesh_family import MeshFamily
+from lp_edge.runtime.pixels import DevicePixels, HostPixels, Pixels, open_device_graph
 
 __all__ = ["FAMILIES", "Wrap", "half_the_cores", "open_family", "unwrapped"]
 
@@ -59,12 +60,22 @@ def open_family(
         ConfigError: the family is unknown, or has no use for ``face_models``.
         BundleError, BackendUnavailable, EngineError: a network cannot be opened.
     """
+
+
+    def open_pixels(drawing: Runner) -> Pixels:
+        """On the device where the network that draws keeps its results, else on the host."""
+        if config.pixels == "host" or (config.pixels == "auto" and not drawing.resident):
+            return HostPixels()
+        pixels = DevicePixels(lambda name: wrap(open_device_graph(name, config)))
+        stack.callback(pixels.close)
+        return pixels
+
     family = bundle.manifest.family
     if family == "liveportrait":
         # Only the adapter that is needed is imported.
         from lp_edge.runtime.liveportrait_family import open_liveportrait
 
-        return open_liveportrait(bundle, config, stack, face_models, wrap)
+        return open_liveportrait(bundle, config, stack, face_models, wrap, open_pixels)
     if family != MeshFamily.name:
         raise ConfigError(
             f"the bundle holds the family {family!r}",
@@ -80,4 +91,5 @@ def open_family(
     warp = stack.enter_context(wrap(bundle.runner(names.WARP_DECODE, half_the_cores(config))))
     tables = bundle.manifest.files
     template_map = bundle.load_table("liveportrait_map") if "liveportrait_map" in tables else None
-    return MeshFamily(warp, Canonical.from_table(bundle.load_table("canonical")), template_map)
+    canonical = Canonical.from_table(bundle.load_table("canonical"))
+    return MeshFamily(warp, canonical, open_pixels(warp), template_map)

@@ -4,14 +4,17 @@ A family prepares source faces, reads motion from driving frames, puts the two t
 streams, files and threads is the animator's business, everything about networks is the family's::
 
     source frame ── prepare ──> Portrait ─┐
-                                          ├─ Follower.keypoints ── render ── paste
+                                          ├─ Follower.keypoints ── render ── Place.draw
     driving frame ─ read, motion ─ Motion ┘
+
+Pixels are a :data:`~lp_edge.engines.runner.Array`: on the host, or on the device where the networks run
+(:mod:`lp_edge.runtime.pixels`); adapters do not ask where.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -19,9 +22,11 @@ from typing import Any, Generic, Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from lp_edge.engines.runner import Array
 from lp_edge.runtime.edit import Edits
 from lp_edge.runtime.motion import Motion
 from lp_edge.runtime.options import AnimateOptions
+from lp_edge.runtime.pixels import Place
 from lp_edge.runtime.templates import MotionTemplate
 
 __all__ = ["DriverKind", "Family", "Follower", "Portrait"]
@@ -40,10 +45,12 @@ class Portrait:
     Attributes:
         frame: uint8 ``[H, W, 3]`` RGB, the whole source frame.
         motion: the source face's own motion.
+        place: where its animated crops go.
     """
 
     frame: U8
     motion: Motion
+    place: Place
 
 
 P = TypeVar("P", bound=Portrait)
@@ -76,10 +83,16 @@ class Family(ABC, Generic[P]):
     Attributes:
         name: as in the manifest of its bundles.
         backend: backend that runs the networks that draw.
+        resident: frames stay on a device from the networks to the finished picture.
+        max_batch: most frames that :meth:`render` takes at once; None = no bound but memory.
+        mixes_portraits: :meth:`render` takes frames of different portraits together, and that pays.
     """
 
     name: str
     backend: str
+    resident: bool
+    max_batch: int | None
+    mixes_portraits: bool
 
     # -- sources ---------------------------------------------------------------------------------------
 
@@ -99,12 +112,12 @@ class Family(ABC, Generic[P]):
         """The source face's own motion."""
 
     @abstractmethod
-    def portrait(self, frame: U8, measure: Any, options: AnimateOptions) -> P:
-        """A measured face made ready to render."""
+    def portrait(self, frame: U8, measure: Any, options: AnimateOptions, *, clip: bool) -> P:
+        """A measured face made ready to render; arguments as of :meth:`measure`."""
 
     def prepare(self, frame: U8, points: F32, options: AnimateOptions) -> P:
         """:meth:`measure` and :meth:`portrait` of a picture's face."""
-        return self.portrait(frame, self.measure(frame, points, options, clip=False), options)
+        return self.portrait(frame, self.measure(frame, points, options, clip=False), options, clip=False)
 
     def measures_whole_clip(self, kind: DriverKind) -> bool:
         """Whether a source clip is measured as a whole before its first frame is drawn (its decoding is repeated)."""
@@ -147,17 +160,25 @@ class Family(ABC, Generic[P]):
         """
 
     @abstractmethod
-    def render(self, portrait: P, kp_source: Sequence[F32], kp_driving: Sequence[F32]) -> U8:
-        """Animated crops uint8 ``[N, h, w, 3]`` for N sets of keypoints."""
+    def render(self, portraits: Sequence[P], kp_source: Sequence[F32], kp_driving: Sequence[F32]) -> Array:
+        """Animated crops of N frames.
 
-    @abstractmethod
-    def paste(self, portrait: P, crop: U8, out: U8 | None) -> U8:
-        """The whole frame uint8 ``[H, W, 3]`` with the animated crop in it; ``out`` holds the faces pasted so far."""
+        Args:
+            portraits: the face of each frame; all the same object unless :attr:`mixes_portraits`.
+            kp_source, kp_driving: keypoints of each frame, as a follower gives them.
+
+        Returns:
+            uint8 ``[N, h, w, 3]``, perhaps still being computed.
+        """
 
     @abstractmethod
     def crop_size(self, options: AnimateOptions) -> int:
         """Side in pixels of the square result where nothing is pasted back."""
 
     @abstractmethod
-    def crop_only(self, portrait: P, crop: U8 | None, options: AnimateOptions) -> U8:
-        """That result, uint8 ``[S, S, 3]``; for None the source's own pixels."""
+    def crops_alone(self, portrait: P, crops: Array, options: AnimateOptions) -> Callable[[], U8]:
+        """Those results for crops of one portrait: a function that waits for them and returns uint8 ``[N, S, S, 3]``."""
+
+    @abstractmethod
+    def still_crop(self, portrait: P) -> Array:
+        """The source's own pixels as one crop uint8 ``[1, h, w, 3]``, as :meth:`render` would draw it without any motion."""

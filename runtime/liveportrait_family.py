@@ -18,13 +18,11 @@ import numpy.typing as npt
 from lp_edge.engines import names
 from lp_edge.engines.backends import BackendConfig
 from lp_edge.engines.bundle import Bundle
-from lp_edge.engines.runner import Array, Runner, to_host
+from lp_edge.engines.runner import Array, Runner, fetch, to_host
 from lp_edge.runtime.crop import (
     CROP_SIZE,
     INPUT_SIZE,
-    Crop,
     average_box,
-    cut,
     driving_box,
     driving_crop,
     source_matrix,
@@ -47,8 +45,8 @@ from lp_edge.runtime.liveportrait_motion import (
 )
 from lp_edge.runtime.motion import Motion
 from lp_edge.runtime.options import AnimateOptions
-from lp_edge.runtime.paste_back import PastePlan, resized_to_frame
-from lp_edge.runtime.resample import resize_crop
+from lp_edge.runtime.paste_back import resized_to_frame
+from lp_edge.runtime.pixels import Pixels
 from lp_edge.runtime.templates import MotionTemplate, load_template
 
 __all__ = ["LivePortraitFamily", "LivePortraitNetworks", "LivePortraitPortrait", "open_liveportrait"]
@@ -81,17 +79,15 @@ class LivePortraitPortrait(Portrait):
     """A face of a source frame, prepared for rendering.
 
     Attributes:
-        crop: the 512x512 crop and its place in the frame.
+        to_crop: float64 ``[3, 3]``, pixels of the frame → pixels of the 512x512 crop.
         source: canonical keypoints and motion of the face.
         features: outputs of the appearance network by name, what ``warp_decode`` takes besides keypoints; on the device
             where the backend keeps them there.
-        plan: the part of paste-back that depends on the crop's place alone.
     """
 
-    crop: Crop
+    to_crop: F64
     source: LivePortraitSource
     features: Mapping[str, Array]
-    plan: PastePlan
 
 
 @dataclass(frozen=True)
@@ -132,6 +128,7 @@ class LivePortraitFamily(Family[LivePortraitPortrait]):
         networks: open runners.
         landmarks: gives 203 landmarks for a face.
         canonical: the mesh's canonical face, for built-in templates.
+        pixels: cuts, resizes and pastes crops.
         animal: the networks are those of the animal variant, whose motion is composed differently.
     """
 
@@ -142,12 +139,15 @@ class LivePortraitFamily(Family[LivePortraitPortrait]):
         networks: LivePortraitNetworks,
         landmarks: LandmarkSource,
         canonical: Canonical,
+        pixels: Pixels,
         *,
         animal: bool = False,
     ) -> None:
         self._networks, self._landmarks, self._canonical = networks, landmarks, canonical
-        self._animal = animal
-        self.backend = networks.warp_decode.backend
+        self._pixels, self._animal = pixels, animal
+        self.backend, self.max_batch = networks.warp_decode.backend, networks.warp_decode.max_batch
+        self.resident = pixels.resident
+        self.mixes_portraits = networks.warp_decode.resident  # on a CPU a batch is no faster than its rows
         inputs = networks.warp_decode.inputs
         self._carried = [n for n in networks.appearance.outputs if n in inputs]
 
@@ -158,22 +158,32 @@ class LivePortraitFamily(Family[LivePortraitPortrait]):
         landmarks = self._landmarks.landmarks(frame, points)
         outline = landmarks if clip else self._landmarks.picture_points(frame, points)
         to_crop = source_matrix(outline, options.crop)
-        motion, kp = self._extract(cut(frame, to_crop).network_input())
+        motion, kp = self._extract(self._network_input(frame, to_crop, clip))
         return Measure(to_crop, LivePortraitSource(_with_ratios(motion, landmarks), kp))
 
     def motion_of_measure(self, measure: Measure) -> Motion:
         """Pose and expression as M sees them."""
         return measure.source.motion
 
-    def portrait(self, frame: U8, measure: Measure, options: AnimateOptions) -> LivePortraitPortrait:
+    def portrait(
+        self, frame: U8, measure: Measure, options: AnimateOptions, *, clip: bool
+    ) -> LivePortraitPortrait:
         """Cut the crop and extract its appearance (F runs once)."""
-        crop = cut(frame, measure.to_crop)
-        out = self._networks.appearance.infer({names.IMAGE: crop.network_input()[None]}, self._carried)
+        crop = self._network_input(frame, measure.to_crop, clip)
+        features = self._networks.appearance.infer({names.IMAGE: crop}, self._carried, keep=True)
         size = self.crop_size(options)
-        plan = PastePlan.prepare(
-            resized_to_frame(crop.to_frame, CROP_SIZE, size), (frame.shape[1], frame.shape[0]), size
-        )
-        return LivePortraitPortrait(frame, measure.source.motion, crop, measure.source, out, plan)
+        to_frame = resized_to_frame(np.linalg.inv(measure.to_crop), CROP_SIZE, size)
+        place = self._pixels.place(self._frame(frame, clip), to_frame, size)
+        source = measure.source
+        return LivePortraitPortrait(frame, source.motion, place, measure.to_crop, source, features)
+
+    def _frame(self, frame: U8, clip: bool) -> Array:
+        """The frame where its crops are cut: a clip's goes to the device, a picture's part that matters is taken there once."""
+        return self._pixels.frame(frame) if clip else frame
+
+    def _network_input(self, frame: U8, to_crop: F64, clip: bool) -> Array:
+        """uint8 ``[1, 256, 256, 3]``, the crop as the extractors see it."""
+        return self._pixels.crop(self._frame(frame, clip), to_crop, reduce=CROP_SIZE // INPUT_SIZE)
 
     def measures_whole_clip(self, kind: DriverKind) -> bool:
         """A clip that drives a clip is smoothed as a whole."""
@@ -202,7 +212,7 @@ class LivePortraitFamily(Family[LivePortraitPortrait]):
             image = np.asarray(small, np.uint8)
         else:
             image = driving_crop(rgb, box).network_input()
-        motion, _ = self._extract(image)
+        motion, _ = self._extract(image[None])
         return replace(motion, eye_ratio=reading.eye_ratio, lip_ratio=np.float32(reading.lip_ratio))
 
     def picture_neutral(self, motion: Motion) -> Motion:
@@ -231,31 +241,37 @@ class LivePortraitFamily(Family[LivePortraitPortrait]):
         return LivePortraitFollower(self._networks.retargeting, how, composer)
 
     def render(
-        self, portrait: LivePortraitPortrait, kp_source: Sequence[F32], kp_driving: Sequence[F32]
-    ) -> U8:
-        """Animated crops uint8 ``[N, 512, 512, 3]`` for N sets of keypoints."""
+        self, portraits: Sequence[LivePortraitPortrait], kp_source: Sequence[F32], kp_driving: Sequence[F32]
+    ) -> Array:
+        """Animated crops uint8 ``[N, 512, 512, 3]``."""
+        warp, one = self._networks.warp_decode, portraits[0]
+        features = one.features
+        if any(portrait is not one for portrait in portraits):
+            features = {name: warp.concatenate([p.features[name] for p in portraits]) for name in features}
         feeds: dict[str, Array] = {
-            **portrait.features,
+            **features,
             names.KP_SOURCE: np.stack(list(kp_source)).astype(np.float32),
             names.KP_DRIVING: np.stack(list(kp_driving)).astype(np.float32),
         }
-        return to_host(self._networks.warp_decode.infer(feeds, [names.IMAGE])[names.IMAGE])
-
-    def paste(self, portrait: LivePortraitPortrait, crop: U8, out: U8 | None) -> U8:
-        """The crop where it was cut, with a soft edge."""
-        return portrait.plan.paste(portrait.frame, resize_crop(crop, portrait.plan.crop_size), out=out)
+        return warp.infer(feeds, [names.IMAGE], keep=True)[names.IMAGE]
 
     def crop_size(self, options: AnimateOptions) -> int:
         """The size asked for, else what the networks draw."""
         return options.size or CROP_SIZE
 
-    def crop_only(self, portrait: LivePortraitPortrait, crop: U8 | None, options: AnimateOptions) -> U8:
-        """The crop itself."""
-        return resize_crop(portrait.crop.image if crop is None else crop, self.crop_size(options))
+    def crops_alone(
+        self, portrait: LivePortraitPortrait, crops: Array, options: AnimateOptions
+    ) -> Callable[[], U8]:
+        """The crops themselves."""
+        return fetch(self._pixels.resize(crops, self.crop_size(options)))
 
-    def _extract(self, image: U8) -> tuple[Motion, F32]:
-        """Motion and canonical keypoints ``[21, 3]`` of one crop uint8 ``[256, 256, 3]``."""
-        out = self._networks.motion.infer({names.IMAGE: image[None]})
+    def still_crop(self, portrait: LivePortraitPortrait) -> Array:
+        """The source's 512x512 crop."""
+        return self._pixels.crop(portrait.frame, portrait.to_crop)
+
+    def _extract(self, crop: Array) -> tuple[Motion, F32]:
+        """Motion and canonical keypoints ``[21, 3]`` of one crop uint8 ``[1, 256, 256, 3]``."""
+        out = self._networks.motion.infer({names.IMAGE: crop})
         return motion_from_outputs({name: to_host(array) for name, array in out.items()})
 
 
@@ -270,6 +286,7 @@ def open_liveportrait(
     stack: ExitStack,
     face_models: Path | None,
     wrap: Callable[[Runner], Runner],
+    open_pixels: Callable[[Runner], Pixels],
 ) -> LivePortraitFamily:
     """The adapter with the networks of a bundle; ``stack`` closes them.
 
@@ -278,6 +295,7 @@ def open_liveportrait(
         config: where its networks run. Drawing takes nearly all of the time, so on a CPU they get all cores.
         face_models: see :func:`lp_edge.runtime.insightface.open_face_models`; None = our own mesh.
         wrap: takes every network as it is opened and gives what is called in its place.
+        open_pixels: what cuts and pastes beside the network that draws.
 
     Raises:
         BundleError, BackendUnavailable, EngineError, ConfigError: something cannot be opened.
@@ -299,4 +317,5 @@ def open_liveportrait(
         landmarks = open_face_models(face_models, config, stack, wrap)
     canonical = Canonical.from_table(bundle.load_table("canonical"))
     animal = bundle.manifest.variant == "animal"
-    return LivePortraitFamily(networks, landmarks, canonical, animal=animal)
+    pixels = open_pixels(networks.warp_decode)
+    return LivePortraitFamily(networks, landmarks, canonical, pixels, animal=animal)

@@ -7,7 +7,7 @@ Expects a bundle with the network ``warp_decode`` and the table ``canonical`` (s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lp_edge.engines import names
-from lp_edge.engines.runner import Array, Runner, to_host
+from lp_edge.engines.runner import Array, Runner, fetch
 from lp_edge.errors import ConfigError
 from lp_edge.runtime.compose import compose
 from lp_edge.runtime.edit import Edits
@@ -25,7 +25,7 @@ from lp_edge.runtime.family import DriverKind, Family, Follower, Portrait
 from lp_edge.runtime.mesh_edit import edit_mesh
 from lp_edge.runtime.motion import Motion
 from lp_edge.runtime.options import AnimateOptions
-from lp_edge.runtime.paste_back import paste_back
+from lp_edge.runtime.pixels import Pixels
 from lp_edge.runtime.resample import resize_crop
 from lp_edge.runtime.templates import MotionTemplate, load_template
 
@@ -48,12 +48,13 @@ class MeshPortrait(Portrait):
 
     Attributes:
         rect: x0, y0, x1, y1 of the crop in the frame, whole pixels.
-        image: uint8 ``[1, h, w, 3]``, the crop, at most ``AnimateOptions.size`` on its longer side.
+        image: uint8 ``[1, h, w, 3]``, the crop, at most ``AnimateOptions.size`` on its longer side; a picture's lies where the
+            network reads it.
         kp_source: float32 ``[478, 3]``, mesh points in crop pixels.
     """
 
     rect: tuple[int, int, int, int]
-    image: U8
+    image: Array
     kp_source: F32
 
 
@@ -125,18 +126,22 @@ class MeshFamily(Family[MeshPortrait]):
         warp: runner of the ``warp_decode`` graph: ``image`` u8 [1, h, w, 3], ``kp_source`` and ``kp_driving`` f32 [N, 478, 3] →
             ``image`` u8 [N, h, w, 3].
         canonical: canonical face, expression basis and rigid weights of the bundle.
+        pixels: pastes crops.
         template_map: the bundle's table ``liveportrait_map``, which lets LivePortrait's templates drive a mesh; None = none.
     """
 
     name = "mesh"
+    mixes_portraits = False  # the graph takes one source image, and crops differ in size
 
     def __init__(
         self,
         warp: Runner,
         canonical: Canonical,
+        pixels: Pixels,
         template_map: Mapping[str, npt.NDArray[np.generic]] | None = None,
     ) -> None:
-        self._warp, self.backend = warp, warp.backend
+        self._warp, self._pixels = warp, pixels
+        self.backend, self.max_batch, self.resident = warp.backend, warp.max_batch, pixels.resident
         self.canonical, self._template_map = canonical, template_map
 
     def measure(self, frame: U8, points: F32, options: AnimateOptions, *, clip: bool) -> F32:
@@ -147,7 +152,7 @@ class MeshFamily(Family[MeshPortrait]):
         """Motion of mesh points ``[478, 3]`` in frame pixels."""
         return motion_from_points(measure, self.canonical)
 
-    def portrait(self, frame: U8, measure: F32, options: AnimateOptions) -> MeshPortrait:
+    def portrait(self, frame: U8, measure: F32, options: AnimateOptions, *, clip: bool) -> MeshPortrait:
         """Cut the crop of one face and read its motion."""
         height, width = frame.shape[:2]
         rect = _crop_rect(measure, height, width)
@@ -158,7 +163,9 @@ class MeshFamily(Family[MeshPortrait]):
             size = (round((x1 - x0) * shrink), round((y1 - y0) * shrink))
             crop = np.asarray(cv2.resize(crop, size, interpolation=cv2.INTER_AREA), np.uint8)
         kp_source = _to_crop(measure, rect, crop.shape)
-        return MeshPortrait(frame, self.motion_of_measure(measure), rect, crop[None], kp_source)
+        place = self._pixels.rect_place(frame, rect)
+        image: Array = crop[None] if clip else self._warp.upload(crop[None])
+        return MeshPortrait(frame, self.motion_of_measure(measure), place, rect, image, kp_source)
 
     def read(self, rgb: U8, points: F32, options: AnimateOptions) -> Motion:
         """Motion of mesh points ``[478, 3]`` in frame pixels; pixels are not needed."""
@@ -197,30 +204,37 @@ class MeshFamily(Family[MeshPortrait]):
             )
         return MeshFollower(self.canonical, options)
 
-    def render(self, portrait: MeshPortrait, kp_source: Sequence[F32], kp_driving: Sequence[F32]) -> U8:
-        """Animated crops uint8 ``[N, h, w, 3]`` for N sets of keypoints."""
+    def render(
+        self, portraits: Sequence[MeshPortrait], kp_source: Sequence[F32], kp_driving: Sequence[F32]
+    ) -> Array:
+        """Animated crops uint8 ``[N, h, w, 3]`` of one portrait."""
         feeds: dict[str, Array] = {
-            names.SOURCE_IMAGE: portrait.image,
+            names.SOURCE_IMAGE: portraits[0].image,
             names.KP_SOURCE: np.stack(list(kp_source)).astype(np.float32),
             names.KP_DRIVING: np.stack(list(kp_driving)).astype(np.float32),
         }
-        return to_host(self._warp.infer(feeds, [names.IMAGE])[names.IMAGE])
-
-    def paste(self, portrait: MeshPortrait, crop: U8, out: U8 | None) -> U8:
-        """The crop in its rectangle."""
-        return paste_back(portrait.frame, crop, portrait.rect, out=out)
+        return self._warp.infer(feeds, [names.IMAGE], keep=True)[names.IMAGE]
 
     def crop_size(self, options: AnimateOptions) -> int:
         """The size asked for, else 640."""
         return options.size or _SIZE
 
-    def crop_only(self, portrait: MeshPortrait, crop: U8 | None, options: AnimateOptions) -> U8:
-        """The crop's rectangle made square by repeating its border, at :meth:`crop_size`."""
-        image = portrait.image[0] if crop is None else crop
-        height, width = image.shape[:2]
-        side = max(height, width)
-        top, left = (side - height) // 2, (side - width) // 2
-        square = cv2.copyMakeBorder(
-            image, top, side - height - top, left, side - width - left, cv2.BORDER_REPLICATE
-        )
-        return resize_crop(np.asarray(square, np.uint8), self.crop_size(options))
+    def crops_alone(self, portrait: MeshPortrait, crops: Array, options: AnimateOptions) -> Callable[[], U8]:
+        """The crops' rectangles made square by repeating their borders, at :meth:`crop_size`."""
+        wait, size = fetch(crops), self.crop_size(options)
+        return lambda: np.stack([_squared(image, size) for image in wait()])
+
+    def still_crop(self, portrait: MeshPortrait) -> Array:
+        """The source's crop."""
+        return portrait.image
+
+
+def _squared(image: U8, size: int) -> U8:
+    """A picture ``[h, w, 3]`` with its border repeated until it is square, at ``[size, size, 3]``."""
+    height, width = image.shape[:2]
+    side = max(height, width)
+    top, left = (side - height) // 2, (side - width) // 2
+    square = cv2.copyMakeBorder(
+        image, top, side - height - top, left, side - width - left, cv2.BORDER_REPLICATE
+    )
+    return resize_crop(np.asarray(square, np.uint8), size)

@@ -7,6 +7,10 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lp_edge.runtime.hardware_video import Video
 
 __all__ = ["Stopwatch"]
 
@@ -18,6 +22,9 @@ class Stopwatch:
 
     Only the newest 65 536 samples of a stage are kept, so that memory does not grow with a stream.
 
+    Args:
+        video: what may decode the run's clips, and is told what did: a stopwatch goes wherever a run decodes. None = software.
+
     Example:
         >>> watch = Stopwatch()
         >>> with watch("warp"):
@@ -26,18 +33,21 @@ class Stopwatch:
         1
     """
 
-    def __init__(self) -> None:
+    def __init__(self, video: Video | None = None) -> None:
+        self.video = video
         self._lock = threading.Lock()
         self.seconds: dict[str, deque[float]] = {}
 
     @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Time the body as one sample of ``stage``, in seconds."""
+    def __call__(self, stage: str, count: int = 1) -> Iterator[None]:
+        """Time the body as ``count`` samples of ``stage``, each its share of the seconds: work on several frames at once."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.add(stage, time.perf_counter() - start)
+            share = (time.perf_counter() - start) / count
+            for _ in range(count):
+                self.add(stage, share)
 
     def add(self, stage: str, seconds: float) -> None:
         """Add one sample."""

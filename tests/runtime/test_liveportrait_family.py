@@ -17,7 +17,7 @@ import pytest
 from lp_edge.engines.backends import BackendConfig
 from lp_edge.errors import ConfigError
 from lp_edge.runtime.animator import AnimatedFrame, Animation, Animator
-from lp_edge.runtime.crop import CropOptions
+from lp_edge.runtime.crop import CropOptions, cut
 from lp_edge.runtime.edit import Edits
 from lp_edge.runtime.image import write_image
 from lp_edge.runtime.liveportrait_options import LivePortraitOptions
@@ -81,7 +81,7 @@ def test_a_driver_that_rests_leaves_the_crop_as_it_is(animator: Animator) -> Non
     (portrait,) = animator.prepare_source(frame())
     shown = whole(animator.animate(frame(), template([(0, 0)] * 3), options))
     # what the toy generator makes of a crop: blocks of 4 px of the 256 px input, enlarged 8 times
-    small = cv2.resize(portrait.crop.image, (64, 64), interpolation=cv2.INTER_AREA)
+    small = cv2.resize(cut(frame(), portrait.to_crop).image, (64, 64), interpolation=cv2.INTER_AREA)
     want = cv2.resize(small, (512, 512), interpolation=cv2.INTER_NEAREST)
     assert [f.rgb.shape for f in shown] == [(512, 512, 3)] * 3
     assert np.abs(shown[0].rgb.astype(int) - want).max() <= 1
@@ -92,7 +92,7 @@ def test_a_shift_of_the_driver_moves_the_face_by_as_much_of_the_crop(animator: A
     options = AnimateOptions(liveportrait=RAW)
     source = frame()
     (portrait,) = animator.prepare_source(source)
-    scale = float(portrait.crop.to_frame[0, 0])
+    scale = 1 / float(portrait.to_crop[0, 0])
     rest, moved = whole(animator.animate(source, template([(0, 0), (0.125, 0)]), options))
     # t counts half crops: 0.125 is 32 px of 512
     way = centre(moved.rgb)[0] - centre(rest.rgb)[0]
@@ -221,7 +221,7 @@ def test_crop_options_decide_where_the_crop_lies(animator: Animator) -> None:
         animator.prepare_source(frame(), AnimateOptions(crop=CropOptions(scale=scale)))[0]
         for scale in (1.5, 3.0)
     )
-    ratio = np.linalg.norm(wide.crop.to_frame[:2, 0]) / np.linalg.norm(tight.crop.to_frame[:2, 0])
+    ratio = np.linalg.norm(tight.to_crop[:2, 0]) / np.linalg.norm(wide.to_crop[:2, 0])
     assert ratio == pytest.approx(2.0)
 
 
