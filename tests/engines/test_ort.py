@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lp_edge.engines import BackendConfig, backends, names, open_runner, ort
+from lp_edge.engines import BackendConfig, backends, names, open_runner, ort, ort_gpu
 from lp_edge.errors import BackendUnavailable, BundleError, EngineError, TensorError
 
 WARP = "warp_decode.onnx"
@@ -120,7 +120,7 @@ def test_unknown_provider(toys: Path) -> None:
         ort.OrtRunner(toys / WARP, "NopeExecutionProvider")
 
 
-# -- providers that are not there: what ONNX Runtime does is played by a stand-in -------------------
+# -- providers that are not there: what ONNX Runtime does is played by a stand-in; test_ort_gpu.py has those that are -----
 
 
 class Session:
@@ -141,7 +141,7 @@ class Session:
         return list(self.got)
 
     def get_provider_graph_assignment_info(self) -> list[Any]:
-        return [SimpleNamespace(ep_name=name) for name in self.assigned]
+        return [SimpleNamespace(ep_name=name, get_nodes=list) for name in self.assigned]
 
     def get_inputs(self) -> list[Any]:
         return [SimpleNamespace(name="x", type="tensor(float)", shape=["N", None])]
@@ -162,26 +162,19 @@ def fake_onnxruntime(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> type[Se
         set_default_logger_severity=lambda level: None,
     )
     monkeypatch.setattr(ort, "import_onnxruntime", lambda: module)
+    monkeypatch.setattr(ort_gpu, "open_resident", lambda device_id, name: (None, "no driver"))
     return session
 
 
 def test_cuda_when_it_is_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     session = fake_onnxruntime(monkeypatch)
     with ort.OrtRunner(b"model", ort.CUDA, 1, provider_options={"arena": "x"}) as runner:
-        assert (runner.backend, runner.device) == ("cuda", "NVIDIA GPU 1")
+        assert (runner.backend, runner.device, runner.resident) == ("cuda", "NVIDIA GPU 1", False)
         assert runner.inputs["x"].shape == ("N", "?1")
         assert runner.outputs["y"].dtype == np.bool_
-    assert session.asked == [(ort.CUDA, {"device_id": "1", "arena": "x"}), (ort.CPU, {})]
+    chosen = {"device_id": "1", **ort_gpu._CUDA_DEFAULTS, "arena": "x"}
+    assert session.asked == [(ort.CUDA, chosen), (ort.CPU, {})]
     assert capsys.readouterr().out == "", "what ONNX Runtime prints is not the user's output"
-
-
-def test_tensorrt_leaves_single_operators_to_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    session = fake_onnxruntime(
-        monkeypatch, got=(ort.TENSORRT, ort.CUDA, ort.CPU), assigned=(ort.TENSORRT, ort.CPU)
-    )
-    with ort.OrtRunner(b"model", ort.TENSORRT) as runner:
-        assert runner.backend == "ort-tensorrt"
-    assert [name for name, _ in session.asked] == [ort.TENSORRT, ort.CUDA, ort.CPU]
 
 
 def test_provider_replaced_by_the_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
