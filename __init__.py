@@ -14,7 +14,12 @@ Importing this module is cheap: what it exports is loaded on first use.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# From 1.31 on, importing onnxruntime begins to report its use to its maker, and leaves a device's id in the user's cache. An
+# embedded runtime does not; ORT_DISABLE_TELEMETRY=0 brings it back.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 from lp_edge.errors import (
     AccessError,

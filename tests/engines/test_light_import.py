@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -48,3 +49,12 @@ def test_command_line() -> None:
 
 def test_the_check_can_fail() -> None:
     assert heavy(["onnxruntime"]) == "onnxruntime"
+
+
+def test_onnxruntime_reports_nothing(tmp_path: Path) -> None:
+    """It would leave a device's id and a database in the cache, and send what is in there."""
+    program = "from lp_edge.engines.ort import import_onnxruntime; import_onnxruntime()"
+    plain = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+    environment = {**plain, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60, env=environment)
+    assert not list(tmp_path.iterdir())
