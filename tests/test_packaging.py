@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 import tarfile
 import zipfile
 from collections.abc import Iterator
+from email import message_from_string
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import lp_edge
 
@@ -23,6 +26,7 @@ PACKAGES = (
     "export/liveportrait",
     "export/mesh",
     "export/networks",
+    "export/quantize",
     "export/training",
     "proto",
     "proto/v1",
@@ -38,7 +42,7 @@ COMMANDS = {
     "lp-serve": "lp_edge.runtime.server.command:serve",
     "lp-client": "lp_edge.client.command:client",
 }
-DATA = ("engines/data", "runtime/data")
+DATA = ("engines/data", "runtime/data", "runtime/device_graphs")
 
 pytestmark = pytest.mark.skipif(
     not (ROOT / "pyproject.toml").is_file(), reason="no source tree: lp_edge is installed from a wheel"
@@ -103,8 +107,12 @@ def test_the_wheel_holds_every_module_and_no_other(wheel: list[str]) -> None:
             if path.endswith(".py") and str(Path(path).parent) == package
         }
     wanted |= protocol()
-    modules = {name for name in wheel if name.startswith("lp_edge/") and "/data/" not in name}
+    modules = {name for name in wheel if name.startswith("lp_edge/") and not is_data(name)}
     assert modules == wanted
+
+
+def is_data(name: str) -> bool:
+    return name.startswith(tuple(f"lp_edge/{folder}/" for folder in DATA))
 
 
 def protocol() -> set[str]:
@@ -116,8 +124,11 @@ def protocol() -> set[str]:
 
 def test_the_wheel_holds_all_data(wheel: list[str]) -> None:
     wanted = {f"lp_edge/{path}" for path in sources() if any(path.is_relative_to(folder) for folder in DATA)}
-    assert {name for name in wheel if "/data/" in name} == wanted
-    for name in ("engines/data/mesh/manifest.json", "runtime/data/demo.jpg", "runtime/data/NOTICE.md"):
+    assert {name for name in wheel if is_data(name)} == wanted
+    for name in (
+        *("engines/data/mesh/manifest.json", "runtime/data/demo.jpg", "runtime/data/NOTICE.md"),
+        "runtime/device_graphs/crop_512.onnx",
+    ):
         assert f"lp_edge/{name}" in wheel
 
 
@@ -138,7 +149,51 @@ def test_the_wheel_names_its_licence_and_commands(built: Path, wheel: list[str])
     lines = {line for line in scripts.splitlines() if "=" in line}
     assert lines == {f"{command} = {target}" for command, target in COMMANDS.items()}
     extras = {line.partition(": ")[2] for line in text.splitlines() if line.startswith("Provides-Extra:")}
-    assert {"client", "dev", "export", "gpu", "http", "server", "tensorrt"} <= extras
+    assert extras == {"client", "dev", "export", "gpu", "http", "nvcodec", "server", "tensorrt"}
+
+
+def requirements(built: Path) -> dict[str, list[Requirement]]:
+    """What the wheel asks for, by extra; "" = always."""
+    [path] = built.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        fields = message_from_string(archive.read(name).decode())
+    found: dict[str, list[Requirement]] = {
+        "": [],
+        **{extra: [] for extra in fields.get_all("Provides-Extra", [])},
+    }
+    for line in fields.get_all("Requires-Dist", []):
+        entry = Requirement(line)
+        extra = re.search(r'extra == "([\w-]+)"', str(entry.marker))
+        found[extra[1] if extra else ""].append(entry)
+    return found
+
+
+def test_extras_have_lower_bounds_and_do_not_collide_with_the_base(built: Path) -> None:
+    found = requirements(built)
+    for extra, entries in found.items():
+        for entry in entries:
+            bounds = {spec.operator for spec in entry.specifier}
+            assert entry.name == "lp-edge" or bounds == {">="}, f"{extra}: {entry}"
+            assert not entry.extras or entry.extras <= set(found), f"{extra}: {entry}"
+    # onnxruntime and onnxruntime-gpu write the same files: an extra that brings the second breaks both
+    names = {entry.name for entries in found.values() for entry in entries}
+    assert "onnxruntime" in names and "onnxruntime-gpu" not in names
+    assert [entry.name for entry in found["gpu"]] == ["cuda-bindings"]
+    assert {entry.name for entry in found["tensorrt"]} == {"lp-edge", "polygraphy"}
+
+
+def test_extras_that_messages_and_documents_name_exist() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    section = text[text.index("[project.optional-dependencies]") :].partition("[project.scripts]")[0]
+    extras = set(re.findall(r"(?m)^([\w-]+) = \[", section))
+    named = 0
+    for path in sources():
+        if path.suffix in {".py", ".md", ".toml", ".service"} or path.name.startswith("Dockerfile"):
+            for match in re.finditer(r"lp-edge\[([a-z][a-z,-]*)\]", (ROOT / path).read_text()):
+                named += 1
+                assert set(match[1].split(",")) <= extras, f"{path} names {match[0]}"
+    assert named > 10
 
 
 def test_the_sdist_can_be_built_from_and_holds_no_foreign_files(built: Path) -> None:
