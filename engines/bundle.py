@@ -57,7 +57,7 @@ __all__ = [
 
 SCHEMA_VERSION: Final = 1
 MANIFEST: Final = "manifest.json"
-PRECISIONS: Final = ("fp32", "fp16", "mixed", "int8")
+PRECISIONS: Final = ("fp32", "fp16", "mixed", "int8", "fp8")
 
 _MAX_MANIFEST: Final = 8 << 20
 _CHUNK: Final = 1 << 20

@@ -27,6 +27,7 @@ Severity = Literal["error", "warning"]
 
 _T = onnx.TensorProto
 _HALF: Final = (_T.FLOAT16, _T.BFLOAT16)
+_QUANTISED: Final = (_T.INT8, _T.FLOAT8E4M3FN)
 _GRID_SAMPLE_OPSETS: Final = range(16, 20)
 _AXIS: Final = re.compile(r"[^\W\d]\w*")  # a name in an expression of axes
 
@@ -40,10 +41,10 @@ def _words(text: str) -> frozenset[str]:
 _TENSORRT_8_5: Final = _words(
     """
     Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool BatchNormalization Cast Ceil Celu Clip Concat
-    Constant ConstantOfShape Conv ConvTranspose Cos Cosh CumSum DepthToSpace Div Einsum Elu Equal Erf Exp Expand EyeLike
+    Constant ConstantOfShape Conv ConvTranspose Cos Cosh CumSum DepthToSpace DequantizeLinear Div Einsum Elu Equal Erf Exp Expand EyeLike
     Flatten Floor Gather GatherElements GatherND Gemm GlobalAveragePool GlobalMaxPool Greater GreaterOrEqual GridSample
     HardSigmoid Identity LRN LeakyRelu Less LessOrEqual Log LogSoftmax LpNormalization MatMul Max MaxPool Mean Min Mul Neg
-    Not Or PRelu Pad Pow Range Reciprocal ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin
+    Not Or PRelu Pad Pow QuantizeLinear Range Reciprocal ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin
     ReduceProd ReduceSum ReduceSumSquare Relu Reshape Resize Round ScatterElements ScatterND Selu Shape Shrink Sigmoid Sign
     Sin Sinh Size Slice Softmax Softplus Softsign SpaceToDepth Split Sqrt Squeeze Sub Sum Tan Tanh ThresholdedRelu Tile TopK
     Transpose Trilu Unsqueeze Where Xor
@@ -92,6 +93,8 @@ class Target:
         reduce_axes_as_input: whether reductions other than ReduceSum may take their axes as an input (opset 18 form); an
             importer that does not know it reduces over all axes and says nothing.
         wide_integers: whether INT64 is kept; otherwise values are clamped to 32 bits.
+        quantised: types of 8 bits, between Q and DQ nodes.
+        stored: whether weights may be stored in them; otherwise they come in float32, through a Q node.
         remarks: operator -> a warning that goes with it.
     """
 
@@ -102,6 +105,8 @@ class Target:
     operators: frozenset[str]
     reduce_axes_as_input: bool = False
     wide_integers: bool = False
+    quantised: frozenset[int] = frozenset({_T.INT8})
+    stored: bool = False
     remarks: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
@@ -133,6 +138,8 @@ TARGETS: Final[Mapping[str, Target]] = {
             operators=_TENSORRT_10,
             reduce_axes_as_input=True,
             wide_integers=True,
+            quantised=frozenset({_T.INT8, _T.FLOAT8E4M3FN}),
+            stored=True,
         ),
     )
 }
@@ -428,11 +435,16 @@ def _initialiser_as_input(view: _View, target: Target) -> Iterator[_Problem]:
 # Types and shapes
 
 
-@_rule("dtype", "only float32, float16, int32, int64, bool and uint8")
+@_rule(
+    "dtype",
+    "only float32, float16, int32, int64, bool and uint8; the target's types of 8 bits between Q and DQ",
+)
 def _dtype(view: _View, target: Target) -> Iterator[_Problem]:
     for name in view.tensors():
         dtype = view.dtype(name)
-        if dtype and dtype not in _DTYPES:
+        node = view.producer.get(name)
+        quantised = dtype in target.quantised and (node is None or node.op_type == "QuantizeLinear")
+        if dtype and dtype not in _DTYPES and not quantised:
             yield name, _type_name(dtype), "float, float16, int32, int64, bool or uint8"
 
 
@@ -530,6 +542,76 @@ def _grid_sample_dtype(view: _View, target: Target) -> Iterator[_Problem]:
             yield _label(node), "a grid computed in half precision", "positions in float32 throughout"
 
 
+# Quantisation
+
+
+@_rule(
+    "quantised",
+    "8 bits come of a QuantizeLinear or, where the target takes that, of weights, and go into DequantizeLinear",
+)
+def _quantised(view: _View, target: Target) -> Iterator[_Problem]:
+    pairs = ("QuantizeLinear", "DequantizeLinear")
+    for name in view.tensors():
+        if view.dtype(name) not in _QUANTISED:
+            continue
+        for node in view.consumers[name]:
+            if node.op_type not in pairs or (node.op_type == pairs[0] and name not in node.input[2:]):
+                yield (
+                    _label(node),
+                    f"{_type_name(view.dtype(name))} goes into {node.op_type}",
+                    "a DequantizeLinear",
+                )
+            elif name in view.constants and name == node.input[0] and not target.stored:
+                yield name, "weights stored in 8 bits", "float32 through QuantizeLinear, for TensorRT 8"
+
+
+@_rule(
+    "quantisation-scale",
+    "scales are positive numbers of the graph, zero points are zero, and only weights have one per channel",
+)
+def _quantisation_scale(view: _View, target: Target) -> Iterator[_Problem]:
+    for node in view.only("QuantizeLinear", "DequantizeLinear"):
+        scale = view.initialisers.get(node.input[1])
+        if scale is None or scale.data_location == _T.EXTERNAL:
+            yield _label(node), "a scale that is no number of the graph", "an initialiser in the graph"
+            continue
+        values = onnx.numpy_helper.to_array(scale).astype(np.float64)
+        if not (np.isfinite(values).all() and (values > 0).all()):
+            yield _label(node), "a scale that is not positive", "positive numbers"
+        zero = view.initialisers.get(node.input[2]) if len(node.input) > 2 else None
+        if zero is None or onnx.numpy_helper.to_array(zero).astype(np.float32).any():
+            yield _label(node), "a zero point that is missing or not zero", "zeros, which also name the type"
+        weight = node.input[0] in view.constants
+        made_by = view.producer.get(node.input[0])
+        if node.op_type == "DequantizeLinear" and made_by is not None:
+            weight = weight or bool(view.constants.intersection(made_by.input[:1]))
+        if values.ndim and (not weight or _attribute(node, "axis", 1) != 0):
+            yield _label(node), "scales per channel", "one per tensor, or for weights along axis 0"
+
+
+@_rule(
+    "quantisation-pair",
+    "every QuantizeLinear feeds DequantizeLinear alone, with the same scale, and that feeds convolutions",
+)
+def _quantisation_pair(view: _View, target: Target) -> Iterator[_Problem]:
+    for node in view.only("QuantizeLinear"):
+        for after in view.consumers[node.output[0]]:
+            if after.op_type == "DequantizeLinear" and after.input[1] != node.input[1]:
+                yield (
+                    _label(after),
+                    f"the scale {after.input[1]}",
+                    f"that of its QuantizeLinear, {node.input[1]}",
+                )
+    for node in view.only("DequantizeLinear"):
+        for after in view.consumers[node.output[0]]:
+            if after.op_type != "Conv":
+                yield (
+                    _label(after),
+                    "reads a DequantizeLinear",
+                    "convolutions only: what else is there runs in floating point",
+                )
+
+
 # Precision and leftovers
 
 
@@ -557,9 +639,14 @@ def _batchnorm(view: _View, target: Target) -> Iterator[_Problem]:
             yield _label(node), f"after {_label(made_by)}", "its scale and shift in the weights"
 
 
-@_rule("unfolded", "nothing is computed from constants alone (spectral norm, scaled weights)")
+@_rule(
+    "unfolded",
+    "nothing is computed from constants alone (spectral norm, scaled weights), but quantised weights",
+)
 def _unfolded(view: _View, target: Target) -> Iterator[_Problem]:
     for node in view.nodes:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            continue
         if node.input and view.constants.issuperset(filter(None, node.input)):
             yield _label(node), "computed from constants alone", "its result as an initialiser"
 

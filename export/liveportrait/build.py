@@ -44,6 +44,7 @@ from lp_edge.export.opset import opset_of
 
 __all__ = [
     "FLAVORS",
+    "LARGE",
     "PRECISIONS",
     "BuildReport",
     "NetworkReport",
@@ -67,8 +68,13 @@ _FACES: Final = (names.FACE_DETECTOR, names.FACE_MESH)
 _TABLES: Final = ("canonical", "liveportrait_map")
 _CARDS: Final = ("face_detector_card", "face_mesh_card")
 _KEYPOINTS: Final = 21
-# Bytes of a graph from which its weights go into a file beside it.
-_LARGE: Final = 64 << 20
+LARGE: Final = 64 << 20
+"""Bytes of a graph from which its weights go into a file beside it."""
+# Precision -> what Polygraphy tells a TensorRT that has no typed networks.
+_WEAK: Final[Mapping[str, dict[str, Any]]] = {
+    "fp16": {"fp16": True, "precision_constraints": "obey"},
+    "int8": {"int8": True},
+}
 # Indices of the keypoints that the reference moves alone in its 'lip' and 'eyes' modes (live_portrait_pipeline.py).
 _LIP: Final = (6, 12, 14, 17, 19, 20)
 _EYES: Final = (11, 13, 15, 16, 18)
@@ -229,7 +235,7 @@ def build(
             inside = model if name == names.WARP_DECODE else None
             report(f"checking {name} against PyTorch")
             data = None
-            if len(graph) > _LARGE:
+            if len(graph) > LARGE:
                 stored, data = split_weights(model, f"{name}.onnx.data")
             figures = _checked(name, graph, kind, yardstick, inside=inside)
             del model, inside
@@ -418,7 +424,7 @@ def verify(
 def compare(path: Path, *, report: Report = lambda _: None) -> BuildReport:
     """Build every network with TensorRT, through Polygraphy, and compare what it computes with PyTorch's results.
 
-    The limits are those of fp16: TensorRT multiplies in TF32 where it may. Engines live in memory only.
+    The limits are those of fp16, or of 8 bits: TensorRT multiplies in TF32 where it may. Engines live in memory only.
 
     Args:
         path: folder of the bundle.
@@ -445,7 +451,7 @@ def compare(path: Path, *, report: Report = lambda _: None) -> BuildReport:
         for tensor, shapes in shapes_of(name, yardstick, features).items():
             profile.add(tensor, min(shapes), shapes[0], max(shapes))
         # Where networks are typed, the graph says the precision; older versions need to be let and held.
-        flags = {} if typed or entry.precision == "fp32" else {"fp16": True, "precision_constraints": "obey"}
+        flags: dict[str, Any] = {} if typed else _WEAK.get(entry.precision, {})
 
         def engine(
             graph: Path | bytes, _name: str, profile: Any = profile, flags: dict[str, Any] = flags
@@ -475,8 +481,9 @@ def compare(path: Path, *, report: Report = lambda _: None) -> BuildReport:
                 time.perf_counter() - begin,
             )
         )
+        limits = entry.precision if entry.precision in ("int8", "fp8") else "fp16"
         broken_ones += [
-            f"{name} {k} {got:.3g}" for k, (got, _) in broken(name, "fp16", figures, scales).items()
+            f"{name} {k} {got:.3g}" for k, (got, _) in broken(name, limits, figures, scales).items()
         ]
     if broken_ones:
         raise ExportError(

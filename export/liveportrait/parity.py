@@ -68,6 +68,9 @@ _POSE: Final = (names.PITCH, names.YAW, names.ROLL)
 _PSNR: Final = "image_psnr_db"
 _PSNR_CAP: Final = 100.0  # equal pictures; a manifest holds finite numbers only
 
+# What is never quantised, around which the rest may be in half precision; the picture has a report of its own (quality.json).
+_EIGHT_BITS: Final = {names.WARP_DECODE: {"deformation_max": 1e-3, "occlusion_map_max": 1e-2}}
+
 TOLERANCES: Final[Mapping[str, Mapping[str, Mapping[str, float]]]] = MappingProxyType(
     {
         "fp32": {
@@ -110,6 +113,8 @@ TOLERANCES: Final[Mapping[str, Mapping[str, Mapping[str, float]]]] = MappingProx
                 _PSNR: 45.0,
             },
         },
+        "int8": _EIGHT_BITS,
+        "fp8": _EIGHT_BITS,
     }
 )
 """Precision of a graph -> network -> figure -> limit.

@@ -170,7 +170,7 @@ def test_manifest_that_is_not_text(toy_bundle: Path) -> None:
         (lambda m: m["networks"]["face_mesh"].update(gpu=1), "networks.face_mesh has the unknown key 'gpu'"),
         (lambda m: m["networks"]["face_mesh"].update(sha256="AB"), "networks.face_mesh.sha256"),
         (lambda m: m["networks"]["face_mesh"].update(size=-1), "networks.face_mesh.size is -1"),
-        (lambda m: m["networks"]["face_mesh"].update(precision="fp8"), "one of fp32"),
+        (lambda m: m["networks"]["face_mesh"].update(precision="fp4"), "one of fp32"),
         (lambda m: m["networks"]["face_mesh"].update(parity={"x": "1"}), "parity.x is '1'"),
         (lambda m: m["networks"]["face_mesh"].update(parity={"x": 10**400}), "parity.x is 1000"),
         (lambda m: m["networks"]["face_mesh"]["inputs"][0].update(dtype="U8"), "inputs[0].dtype is 'U8'"),

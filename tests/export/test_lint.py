@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 
@@ -79,6 +80,19 @@ def control_flow() -> onnx.ModelProto:
         )
     )
     return model
+
+
+QUANTISE = "q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z)"
+WEIGHT = "p = QuantizeLinear<axis=0>(w, t, o) e = DequantizeLinear<axis=0>(p, t, o)"
+EIGHT = KERNEL + ", float s = {0.5}, int8 z = {0}, float[3] t = {0.5,1,2}, int8[3] o = {0,0,0}"
+
+
+def quantised(
+    nodes: str = f"{QUANTISE} {WEIGHT} y = Conv(d, e)", changes: tuple[str, str] = ("", ""), **options: Any
+) -> onnx.ModelProto:
+    weights = EIGHT + options.pop("more", "")
+    assert changes[0] in weights
+    return parse(nodes, weights=weights.replace(*changes, 1), **options)
 
 
 def weight_as_input() -> onnx.ModelProto:
@@ -296,6 +310,41 @@ CASES: dict[str, tuple[str, onnx.ModelProto, list[onnx.ModelProto]]] = {
         [parse("y = Relu(x)", weights="float[1] w = {1}"), parse("y = Relu(x) z = Neg(x)")],
     ),
 }
+STORED = ", int8[3,3,1,1] p = {1,0,0,0,1,0,0,0,1}"
+LIGHT = EIGHT.replace(KERNEL + ", ", "")
+CASES |= {
+    "quantised": (
+        "main",
+        quantised(),
+        [
+            quantised("q = QuantizeLinear(x, s, z) y = Cast<to=1>(q)"),
+            parse("e = DequantizeLinear<axis=0>(p, t, o) y = Conv(x, e)", weights=LIGHT + STORED),
+        ],
+    ),
+    "quantisation-scale": (
+        "main",
+        quantised(),
+        [
+            quantised(changes=("s = {0.5}", "s = {-0.5}")),
+            quantised(changes=("t = {0.5,1,2}", "t = {0.5,0,2}")),
+            quantised(changes=("z = {0}", "z = {3}")),
+            quantised(f"{QUANTISE} {WEIGHT.replace('axis=0', 'axis=1')} y = Conv(d, e)"),
+            quantised(f"{QUANTISE.replace('s, z', 't, o')} {WEIGHT} y = Conv(d, e)"),
+            quantised("k = Abs(s) q = QuantizeLinear(x, k, z) d = DequantizeLinear(q, k, z) y = Conv(d, w)"),
+            quantised("q = QuantizeLinear(x, s) c = Cast<to=1>(q) y = Conv(c, w)"),
+        ],
+    ),
+    "quantisation-pair": (
+        "main",
+        quantised(),
+        [
+            quantised(f"{QUANTISE} y = Relu(d)"),
+            quantised(
+                f"{QUANTISE.replace('(q, s', '(q, r')} {WEIGHT} y = Conv(d, e)", more=", float r = {0.25}"
+            ),
+        ],
+    ),
+}
 CASES["reduce-axes"][2].extend(
     parse(f"y = {operator}(x, a)", weights="int64[1] a = {1}", outputs="float[batch,1,8,8] y", opset=18)
     for operator in ("ReduceMean", "ReduceL2", "ReduceMax")
@@ -304,6 +353,27 @@ CASES["reduce-axes"][2].extend(
 
 def broken(model: onnx.ModelProto, target: str) -> set[str]:
     return {finding.rule for finding in linter.lint(model, target)}
+
+
+def test_weights_in_8_bits_and_fp8_are_for_tensorrt_10() -> None:
+    stored = parse(
+        f"{QUANTISE} e = DequantizeLinear<axis=0>(p, t, o) y = Conv(d, e)", weights=LIGHT + STORED, opset=19
+    )
+    assert broken(stored, "tensorrt11") == set()
+    fp8 = quantised(opset=19)
+    for tensor in fp8.graph.initializer:
+        if tensor.name in "zo":
+            tensor.CopyFrom(
+                onnx.TensorProto(
+                    name=tensor.name,
+                    data_type=onnx.TensorProto.FLOAT8E4M3FN,
+                    dims=tensor.dims,
+                    raw_data=bytes(3 if tensor.dims else 1),
+                )
+            )
+    assert broken(fp8, "tensorrt11") == set()
+    for target in ("main", "tensorrt8"):
+        assert "dtype" in broken(fp8, target)
 
 
 def test_every_rule_has_cases() -> None:

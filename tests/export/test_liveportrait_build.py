@@ -459,7 +459,7 @@ def test_the_default_folder_says_what_is_in_it() -> None:
 
 
 def test_weights_of_large_graphs_lie_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "_LARGE", 100_000)
+    monkeypatch.setattr(driver, "LARGE", 100_000)
     result = build(tmp_path / "b")
     bundle = open_bundle(tmp_path / "b")
     sizes = {row.name: row.size for row in result.networks}
