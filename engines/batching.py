@@ -14,11 +14,18 @@ gives to first axes:
 * the axis that all outputs begin with (``batch``, ``N``): concatenated; sizes of all other axes must be equal;
 * another named axis (``sources``) is 1 for all rows of a call, or one for each row, as :mod:`lp_edge.export` builds its
   graphs. The same array with one row in all calls is passed as it is, else each is repeated to its rows and they are
-  concatenated;
+  concatenated: so calls for different portraits, whose features stay on the device, are one batch;
 * anything else (a fixed size, no axis): the same object in all calls, passed once.
 
 A network with an output that does not begin with that axis, or that has an axis which no input has, takes each call alone.
-A call with an array on a device runs alone too, unless that array is the same object in all calls and passed once.
+Arrays on a device are concatenated there by a runner that is ``resident``. Of any other runner a call with such an array runs
+alone, unless that array is the same object in all calls and passed once.
+
+**Results that stay on the device** (``keep=True``) are handed out as soon as their work is queued there, so that a stream can
+queue what follows. Of a merged call each stream gets a copy of its rows, made on the device: that costs microseconds, while a
+view would keep the whole batch alive as long as the longest of the streams keeps its part (the features of a portrait: hours).
+A network has at most two such batches on the device, and the second is only begun when it is full or nobody could join:
+what is queued early would run as a small batch, when it has to wait for the one before in any case.
 
 **Order.** Calls of different streams are served in the order in which they came. A call of a stream that has had its turn
 counts as having come when the stream's previous one ended, so a stream that floods stands in line like one that waits for
@@ -31,6 +38,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import queue
 import re
 import threading
 import time
@@ -40,16 +48,20 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
+from lp_edge.engines.device import DeviceArray, rows
 from lp_edge.engines.runner import Array, Runner, TensorSpec, to_host
 from lp_edge.errors import ConfigError, EngineError, Interrupted, LpEdgeError
 
 __all__ = ["BatchConfig", "BatchObserver", "CallScope", "DeviceWorker"]
 
 _LOG = logging.getLogger("lp_edge")
+
+_AHEAD: Final = 2  # batches of one network on the device: one that runs and one behind it
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,7 @@ class BatchObserver(Protocol):
             size: number of calls, 1 or more.
             rows: rows of all calls; 1 for a call of a network without a batch axis.
             waited_s: how long the oldest of the calls waited for its start, in seconds.
-            ran_s: how long the batch ran, in seconds.
+            ran_s: how long the batch ran, in seconds; with results that stay on the device, until they were written.
         """
 
 
@@ -147,6 +159,7 @@ class _Call:
     runner: _BatchingRunner
     feeds: Mapping[str, Array]
     outputs: tuple[str, ...]
+    keep: bool
     rows: int
     key: Hashable | None
     scope: CallScope | None
@@ -160,6 +173,16 @@ class _Call:
     @property
     def cancelled(self) -> bool:
         return self.scope is not None and self.scope.cancelled
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A batch that runs on the device: ``array`` is one of its results, ``note`` what the observer is told but how long it ran."""
+
+    runner: _BatchingRunner
+    array: DeviceArray
+    note: tuple[int, int, float]
+    started: float
 
 
 @dataclass
@@ -215,17 +238,20 @@ class _Layout:
             return None
         return cls(batch, tuple(tuple(names) for names in kinds.values()), tuple(common))
 
-    def key(self, feeds: Mapping[str, Array], rows: int) -> tuple[object, ...] | None:
-        """Equal for calls that fit together; None for one that fits none. Valid while the feeds are held."""
+    def key(self, feeds: Mapping[str, Array], rows: int, resident: bool) -> tuple[object, ...] | None:
+        """Equal for calls that fit together; None for one that fits none. Valid while the feeds are held.
+
+        ``resident``: arrays on a device can be concatenated.
+        """
         parts: list[object] = [id(feeds[name]) for name in self.common]
         for name in self.batch:
-            if not isinstance(feeds[name], np.ndarray):
+            if not resident and not isinstance(feeds[name], np.ndarray):
                 return None
             parts.append(feeds[name].shape[1:])
         for names in self.spread:
             arrays = [feeds[name] for name in names]
             size = arrays[0].shape[0]
-            if all(isinstance(array, np.ndarray) for array in arrays) and size in (1, rows):
+            if size in (1, rows) and (resident or all(isinstance(array, np.ndarray) for array in arrays)):
                 parts.extend(array.shape[1:] for array in arrays)
             elif size == 1:
                 parts.extend(id(array) for array in arrays)
@@ -233,12 +259,12 @@ class _Layout:
                 return None
         return tuple(parts)
 
-    def merge(self, calls: Sequence[_Call]) -> dict[str, Array]:
+    def merge(self, calls: Sequence[_Call], runner: Runner) -> dict[str, Array]:
         """Feeds of calls with equal keys."""
         first = calls[0].feeds
         feeds: dict[str, Array] = {name: first[name] for name in self.common}
         for name in self.batch:
-            feeds[name] = np.concatenate([to_host(call.feeds[name]) for call in calls])
+            feeds[name] = _joined([call.feeds[name] for call in calls], runner)
         for names in self.spread:
             if first[names[0]].shape[0] == 1 and all(
                 call.feeds[n] is first[n] for call in calls for n in names
@@ -246,11 +272,20 @@ class _Layout:
                 feeds.update((name, first[name]) for name in names)
                 continue
             for name in names:
-                arrays = [to_host(call.feeds[name]) for call in calls]
-                feeds[name] = np.concatenate(
-                    [np.broadcast_to(a, (c.rows, *a.shape[1:])) for a, c in zip(arrays, calls, strict=True)]
-                )
+                repeated = [[call.feeds[name]] * (call.rows // call.feeds[name].shape[0]) for call in calls]
+                feeds[name] = _joined([array for arrays in repeated for array in arrays], runner)
         return feeds
+
+
+def _joined(arrays: Sequence[Array], runner: Runner) -> Array:
+    """Arrays laid together where they are; ``runner`` does so on a device."""
+    host = [array for array in arrays if isinstance(array, np.ndarray)]
+    return np.concatenate(host) if len(host) == len(arrays) else runner.concatenate(arrays)
+
+
+def _own(array: Array) -> Array:
+    """A copy, where the array is."""
+    return array.copy() if isinstance(array, DeviceArray) else np.array(array)
 
 
 def _axes(specs: Iterable[TensorSpec]) -> set[str]:
@@ -267,15 +302,16 @@ class _BatchingRunner(Runner):
     """A runner whose calls a worker makes.
 
     Results are the caller's own, also where the inner runner lends: rows of a merged batch are copied out of it by the
-    thread that asked for them. Views would save that (0.1 ms for a picture of 512 px), but the features of one
-    portrait, kept for hours, would keep the features of the whole batch.
+    thread that asked for them, on the host or on the device. Views would save that (0.1 ms on the host for a picture of
+    512 px), but the features of one portrait, kept for hours, would keep the features of the whole batch.
     """
 
     def __init__(self, inner: Runner, worker: DeviceWorker) -> None:
         super().__init__(inner.name, tuple(inner.inputs.values()), tuple(inner.outputs.values()))
         self.inner, self._worker = inner, worker
         self._layout = _Layout.of(inner.inputs.values(), inner.outputs.values())
-        self.running = 0  # batches; under the worker's lock
+        self.running = 0  # batches that threads of the worker run; under its lock, as the next
+        self.flying = 0  # those that a device still runs
 
     @property
     def backend(self) -> str:
@@ -285,17 +321,39 @@ class _BatchingRunner(Runner):
     def device(self) -> str:
         return self.inner.device
 
+    @property
+    def resident(self) -> bool:
+        return self.inner.resident
+
+    @property
+    def max_batch(self) -> int | None:
+        return self.inner.max_batch
+
+    def upload(self, array: npt.NDArray[Any]) -> Array:
+        return self.inner.upload(array)
+
+    def concatenate(self, arrays: Sequence[Array]) -> Array:
+        return self.inner.concatenate(arrays)
+
     def _stage(self, array: Array) -> Array:
         # What is on a device stays there; the inner runner stages what it gets.
         return to_host(array) if isinstance(array, np.ndarray) else array
 
     def _infer(self, feeds: Mapping[str, Array], outputs: tuple[str, ...]) -> dict[str, Array]:
-        rows, key = 1, None
+        return self._handed_over(feeds, outputs, False)
+
+    def _infer_kept(self, feeds: Mapping[str, Array], outputs: tuple[str, ...]) -> dict[str, Array]:
+        return self._handed_over(feeds, outputs, True)
+
+    def _handed_over(
+        self, feeds: Mapping[str, Array], outputs: tuple[str, ...], keep: bool
+    ) -> dict[str, Array]:
+        size, key = 1, None
         if self._layout is not None:
-            rows = feeds[self._layout.batch[0]].shape[0]
-            key = self._layout.key(feeds, rows)
+            size = feeds[self._layout.batch[0]].shape[0]
+            key = self._layout.key(feeds, size, self.resident)
         call = self._worker._submit(
-            self, feeds, outputs, rows, None if key is None else (self, outputs, *key)
+            self, feeds, outputs, keep, size, None if key is None else (self, outputs, keep, *key)
         )
         if call.cancelled and call.scope is not None:
             raise call.scope._interrupted()
@@ -306,7 +364,7 @@ class _BatchingRunner(Runner):
             finally:
                 del error  # else its traceback would hold this frame, and this frame would hold it
         results = call.result or {}
-        return {name: np.array(array) for name, array in results.items()} if call.part else results
+        return {name: _own(array) for name, array in results.items()} if call.part else results
 
     def _close(self) -> None:
         self._worker._release(self)
@@ -328,25 +386,26 @@ class _BatchingRunner(Runner):
                 self._run_one(call)
 
     def _run_merged(self, calls: Sequence[_Call], layout: _Layout) -> None:
-        results = self.inner.infer(layout.merge(calls), calls[0].outputs)
-        rows = sum(call.rows for call in calls)
+        results = self.inner.infer(layout.merge(calls, self.inner), calls[0].outputs, keep=calls[0].keep)
+        total = sum(call.rows for call in calls)
         for name, array in results.items():
-            if array.shape[0] != rows:
+            if array.shape[0] != total:
                 raise EngineError(
-                    f"{self.name}: output {name} has shape {list(array.shape)} for {rows} rows",
+                    f"{self.name}: output {name} has shape {list(array.shape)} for {total} rows",
                     f"expected {self.outputs[name]}",
                     "export the network again",
                 )
-        host = {name: np.array(a) if self.inner.loans else to_host(a) for name, a in results.items()}
+        if not calls[0].keep:
+            results = {n: np.array(a) if self.inner.loans else to_host(a) for n, a in results.items()}
         start = 0
         for call in calls:
-            call.result = {name: array[start : start + call.rows] for name, array in host.items()}
+            call.result = {name: rows(array, start, start + call.rows) for name, array in results.items()}
             call.part = True
             start += call.rows
 
     def _run_one(self, call: _Call) -> None:
         try:
-            results = self.inner.infer(call.feeds, call.outputs)
+            results = self.inner.infer(call.feeds, call.outputs, keep=call.keep)
             call.result = {n: np.array(a) for n, a in results.items()} if self.inner.loans else results
         except Exception as error:  # noqa: BLE001 - carried to the caller
             call.error = error
@@ -387,6 +446,8 @@ class DeviceWorker:
         self._wrapped: weakref.WeakSet[Runner] = weakref.WeakSet()
         self._here = threading.local()  # .scope: of this thread
         self._threads: list[threading.Thread] = []
+        self._flights: queue.SimpleQueue[_Flight | None] = queue.SimpleQueue()  # two of a runner at most
+        self._lander: threading.Thread | None = None  # waits for them; there once a runner is resident
         self._alive = config.threads
         try:
             for index in range(config.threads):
@@ -414,7 +475,7 @@ class DeviceWorker:
     def wrap(self, runner: Runner) -> Runner:
         """A runner whose calls this worker makes; closing it closes ``runner`` when its batches have ended.
 
-        Its tensors, backend and device are those of ``runner``. ``loans`` is always False: what ``runner`` lends is copied, to
+        Its tensors, backend, device and what it keeps there are those of ``runner``. ``loans`` is always False: what ``runner`` lends is copied, to
         the host, before its next call, and such a runner never runs in two threads at once.
 
         Raises:
@@ -427,6 +488,10 @@ class DeviceWorker:
                     "expected a runner of a backend",
                     "wrap each runner once",
                 )
+            if runner.resident and self._lander is None and not self._closed:
+                name = f"lp-edge {self.name} landing"
+                self._lander = threading.Thread(target=self._land, name=name, daemon=True)
+                self._lander.start()
             self._wrapped.add(runner)
         return _BatchingRunner(runner, self)
 
@@ -457,8 +522,8 @@ class DeviceWorker:
     def close(self) -> None:
         """Stop: waiting calls fail, running batches end, threads end. May be called more than once."""
         self._stop()
-        for thread in self._threads:
-            if thread is not threading.current_thread():
+        for thread in (*self._threads, self._lander):
+            if thread is not None and thread is not threading.current_thread():
                 thread.join()
 
     def __enter__(self) -> DeviceWorker:  # noqa: PYI034 - Self needs Python 3.11
@@ -476,14 +541,15 @@ class DeviceWorker:
         runner: _BatchingRunner,
         feeds: Mapping[str, Array],
         outputs: tuple[str, ...],
-        rows: int,
+        keep: bool,
+        size: int,
         key: Hashable | None,
     ) -> _Call:
         """Stand in line and wait until the call has its result, its error or is cancelled."""
         scope: CallScope | None = getattr(self._here, "scope", None)
         # Idents of threads are integers, which streams may be as well.
         stream = ("thread", threading.get_ident()) if scope is None else ("stream", scope.stream)
-        call = _Call(runner, feeds, outputs, rows, key, scope, stream)
+        call = _Call(runner, feeds, outputs, keep, size, key, scope, stream)
         with self._lock:
             if self._closed:
                 raise self._shut()
@@ -510,7 +576,7 @@ class DeviceWorker:
             lambda: EngineError(f"{runner.name}: closed before its turn", "expected an open runner", ""),
         )
         with self._ended:
-            while runner.running:
+            while runner.running or runner.flying:
                 self._ended.wait()
 
     def _stop(self) -> None:
@@ -555,6 +621,7 @@ class DeviceWorker:
                 self._alive -= 1
                 last = not self._alive
             if last:
+                self._flights.put(None)  # no more come
                 self._stop()  # nobody is left to answer
 
     def _serve_one(self) -> bool:
@@ -562,14 +629,23 @@ class DeviceWorker:
         calls = self._take()
         if not calls:
             return False
-        runner, size, rows = calls[0].runner, len(calls), sum(call.rows for call in calls)
+        runner, size = calls[0].runner, len(calls)
         started = time.monotonic()
-        waited = started - min(call.came for call in calls)
+        note = (size, sum(call.rows for call in calls), started - min(call.came for call in calls))
+        flight = None
         try:
             runner.run(calls)
+            unwritten = [
+                a for call in calls for a in (call.result or {}).values() if isinstance(a, DeviceArray)
+            ]
+            flight = _Flight(runner, unwritten[-1], note, started) if unwritten else None
+            del unwritten
         finally:
             ended = time.monotonic()
             with self._lock:
+                if flight is not None:
+                    runner.flying += 1
+                    self._flights.put(flight)
                 runner.running -= 1
                 self._running -= size
                 for call in calls:
@@ -582,11 +658,36 @@ class DeviceWorker:
                 if call.result is None and call.error is None:
                     call.error = _died(runner.name, None)
                 call.done.set()
+        if flight is None:
+            self._tell(runner, note, ended - started)
+        return True
+
+    def _tell(self, runner: _BatchingRunner, note: tuple[int, int, float], ran_s: float) -> None:
         if self._observer is not None:
             try:
-                self._observer.batch(runner.name, size, rows, waited, ended - started)
+                self._observer.batch(runner.name, *note, ran_s)
             except Exception:  # noqa: BLE001 - metrics must not end the work
                 _LOG.exception("the observer of worker %s failed", self.name)
+
+    def _land(self) -> None:
+        while self._land_one():
+            pass
+
+    def _land_one(self) -> bool:
+        """Wait until a batch on the device has ended; False when there are no more. Keeps no array after it has returned."""
+        flight = self._flights.get()
+        if flight is None:
+            return False
+        try:
+            flight.array.synchronize()
+        except Exception as error:  # noqa: BLE001 - whoever asks for the numbers is told
+            _LOG.debug("%s: on the device: %s", flight.runner.name, error)
+        ended = time.monotonic()
+        with self._lock:
+            flight.runner.flying -= 1
+            self._work.notify_all()
+            self._ended.notify_all()
+        self._tell(flight.runner, flight.note, ended - flight.started)
         return True
 
     def _take(self) -> list[_Call]:
@@ -614,9 +715,9 @@ class DeviceWorker:
         line = sorted((s for s in self._streams.values() if s.waiting), key=_Stream.turn)
         until = math.inf
         seen = set()
-        expecting: bool | None = None
+        expecting: bool | None = None  # whether others may join
         for head in _in_turn([stream.waiting for stream in line]):
-            if head.runner.inner.loans and head.runner.running:
+            if (head.runner.inner.loans and head.runner.running) or head.runner.flying >= _AHEAD:
                 continue
             if head.key is None:
                 return [head], None
@@ -624,15 +725,16 @@ class DeviceWorker:
                 continue
             seen.add(head.key)
             calls, full = self._gather(head, line)
-            if full or not self.config.max_wait_s:
+            if full or not (self.config.max_wait_s or head.runner.flying):
                 return calls, None
             if expecting is None:
                 waiting = {call.scope for stream in line for call in stream.waiting}
                 expecting = any(not s.cancelled and s not in waiting for s in self._scopes)
             due = min(call.came for call in calls) + self.config.max_wait_s
-            if not expecting or due <= now:
+            if not expecting or (due <= now and not head.runner.flying):
                 return calls, None
-            until = min(until, due)
+            if due > now:
+                until = min(until, due)
         return [], None if until == math.inf else until - now
 
     def _gather(self, head: _Call, line: Sequence[_Stream]) -> tuple[list[_Call], bool]:
@@ -642,7 +744,8 @@ class DeviceWorker:
         # different size, of which the smaller is faster.
         threads = 1 if head.runner.inner.loans else self.config.threads
         share = (self._pending + self._running) // threads
-        calls, room, full = [head], self.config.max_batch - head.rows, False
+        most = min(self.config.max_batch, head.runner.max_batch or self.config.max_batch)
+        calls, room, full = [head], most - head.rows, False
         for call in _in_turn([[c for c in stream.waiting if c.key == head.key] for stream in line]):
             if room <= 0:
                 break

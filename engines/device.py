@@ -94,10 +94,9 @@ class DeviceArray:
     @property
     def stream(self) -> CudaStream:
         """A stream on which it is written when all is done that is queued there now."""
-        if self._ready is None:
-            return self._stream
-        stream = self._buffer.cuda.transfer_stream()
-        stream.wait(self._ready)
+        stream = self._copying()
+        if self._ready is not None:
+            stream.wait(self._ready)
         return stream
 
     @property
@@ -133,7 +132,7 @@ class DeviceArray:
         """
         cuda = self._buffer.cuda
         host = cuda.pinned(max(1, self.nbytes)).array(self._dtype, self._shape)
-        stream = self.stream
+        stream = self._copying()
         self.copy_to(host, stream)
         done = stream.record(cuda.event(patient=True))  # several streams may wait here at a time
 
@@ -178,6 +177,10 @@ class DeviceArray:
             )
         return view
 
+    def _copying(self) -> CudaStream:
+        """Where it is copied from: its own stream, or any where only ``ready`` is waited for."""
+        return self._stream if self._ready is None else self._buffer.cuda.transfer_stream()
+
     def _view(self, shape: tuple[int, ...], start: int) -> DeviceArray:
         offset = self._offset + start
         return DeviceArray(self._buffer, shape, self._dtype, self._stream, offset=offset, ready=self._ready)
@@ -197,10 +200,8 @@ class DeviceArray:
                 "expected the same dtype and shape",
                 "pass numpy.empty(array.shape, array.dtype)",
             )
-        if stream is None:
-            stream = self.stream
-        else:
-            self.read_on(stream)
+        stream = stream or self._copying()
+        self.read_on(stream)
         self._buffer.cuda.copy_to_host(self._buffer, out, stream, offset=self._offset)
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
@@ -208,7 +209,7 @@ class DeviceArray:
         if copy is False:
             raise ValueError("an array on a device cannot be had on the host without a copy")
         out = np.empty(self._shape, self._dtype)
-        stream = self.stream
+        stream = self._copying()
         self.copy_to(out, stream)
         stream.synchronize()
         return out if dtype is None else out.astype(dtype, copy=False)

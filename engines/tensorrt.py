@@ -1,5 +1,16 @@
 """TensorRT as a backend: engines are built once for this GPU, kept, and run with CUDA graphs.
 
+**Memory of results.** Results that are brought to the host pass through memory of the runner. Results that stay on the device
+(``infer(keep=True)``) are written by TensorRT into memory that is the caller's from then on; nothing is copied. A recorded
+graph writes to fixed addresses all the same: memory that callers have dropped goes back to the pool, and a graph is replayed
+when the memory it was recorded with can be had from there again, which is so in a pipeline that holds a few results at a time.
+Else the network is launched plainly.
+
+**Integrated GPUs** (Jetson) read host arrays in pinned memory, and write results for the host there, where nothing has to be
+copied. Results that stay are in the device's own memory: the GPU does not cache pinned memory (*CUDA for Tegra*, "Memory
+Types"), and other networks read them many times. :meth:`~lp_edge.engines.device.DeviceArray.fetch` copies them, 0.8 MB for a
+picture of 512 px.
+
 A first call may take minutes, because TensorRT measures its kernels on the GPU; :func:`build_bundle_engines` does it ahead of
 time. Precision is decided in the graph (:mod:`lp_edge.engines.trt_build`); where engines are kept and when they are built
 again is in :mod:`lp_edge.engines.trt_cache`.
@@ -10,9 +21,9 @@ again is in :mod:`lp_edge.engines.trt_cache`.
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,8 +34,17 @@ import numpy.typing as npt
 
 from lp_edge.engines.backends import BackendConfig
 from lp_edge.engines.bundle import MANIFEST, EngineEntry, EngineKey, open_bundle, save_manifest, sha256_file
-from lp_edge.engines.cuda import Cuda, CudaEvent, CudaGraph, CudaStream, DeviceBuffer, PinnedBuffer, open_cuda
-from lp_edge.engines.device import DeviceArray, device_array
+from lp_edge.engines.cuda import (
+    Cuda,
+    CudaEvent,
+    CudaGraph,
+    CudaStream,
+    DeviceBuffer,
+    PinnedBuffer,
+    SharedCuda,
+    shared_cuda,
+)
+from lp_edge.engines.device import DeviceArray, concatenate, upload
 from lp_edge.engines.runner import Array, Runner, TensorSpec, to_host
 from lp_edge.engines.trt_build import (
     BuildProgress,
@@ -59,7 +79,7 @@ _TELL_S: Final = 10.0
 _Memory = TypeVar("_Memory", DeviceBuffer, PinnedBuffer)
 
 _ALIGNMENT: Final = 256  # of every address, says TensorRT's IExecutionContext
-_CONTEXTS: Final = 8  # contexts, and so recorded graphs, per engine: one per slot and set of shapes
+_CONTEXTS: Final = 8  # contexts, and so recorded graphs, per engine: one for each set of shapes and addresses
 
 
 @dataclass(frozen=True)
@@ -87,10 +107,9 @@ def open_engine(
     config: TensorRtConfig | None = None,
     cache_dir: Path | None = None,
     name: str = "",
-    device_outputs: bool = False,
     progress: Progress | None = None,
     cancelled: Cancelled | None = None,
-    own_cuda: bool = False,
+    share: SharedCuda | None = None,
     trt: Any = None,
 ) -> TensorRtRunner:
     """A runner for a network; its engine is read from the cache, or built and kept there.
@@ -101,10 +120,9 @@ def open_engine(
         config: how the engine is built and run.
         cache_dir: folder for engines; None = beside the model's bundle, or the user's cache.
         name: what the network is called in messages; by default the file's name.
-        device_outputs: results stay on the device, as :class:`~lp_edge.engines.device.DeviceArray`.
         progress: called with every step of a build, from any thread.
         cancelled: asked often during a build; True stops it.
-        own_cuda: close ``cuda`` with the runner.
+        share: a share in ``cuda``, which is closed with the runner.
         trt: the module ``tensorrt``; by default it is imported.
 
     Raises:
@@ -119,7 +137,7 @@ def open_engine(
     name = name or (model.stem if isinstance(model, Path) else "network")
     trt = trt or import_tensorrt()
     engine = _ready_engine(trt, model, cuda, config, cache_dir, name, progress, cancelled)
-    return TensorRtRunner(name, engine, cuda, config, device_outputs=device_outputs, own_cuda=own_cuda)
+    return TensorRtRunner(name, engine, cuda, config, share=share)
 
 
 def open_backend(model: Path | bytes, config: BackendConfig, name: str) -> Runner:
@@ -131,20 +149,20 @@ def open_backend(model: Path | bytes, config: BackendConfig, name: str) -> Runne
     folder = options.pop("cache_dir", "")
     settings = TensorRtConfig.from_options(options)
     trt = import_tensorrt()
-    cuda = open_cuda(config.device)
+    share = shared_cuda(config.device)
     try:
         return open_engine(
             model,
-            cuda=cuda,
+            cuda=share.cuda,
             config=settings,
             cache_dir=Path(folder) if folder else None,
             name=name,
             progress=_logged(),
-            own_cuda=True,
+            share=share,
             trt=trt,
         )
     except BaseException:
-        cuda.close()
+        share.close()
         raise
 
 
@@ -193,10 +211,10 @@ def build_bundle_engines(
     """
     trt = trt or import_tensorrt()
     if cuda is None:
-        with open_cuda(device) as opened:
+        with shared_cuda(device) as share:
             return build_bundle_engines(
                 directory,
-                cuda=opened,
+                cuda=share.cuda,
                 config=config,
                 networks=networks,
                 progress=progress,
@@ -357,7 +375,7 @@ class _Port:
     def take(self, array: DeviceArray, stream: CudaStream) -> DeviceBuffer:
         """Queue a copy of what lies on the device where TensorRT does not read it."""
         self._device = _grown(self._device, array.nbytes, self._cuda.alloc)
-        stream.wait(array.stream.record())
+        array.read_on(stream)
         offset = array.pointer - array.buffer.pointer
         self._cuda.copy_on_device(array.buffer, self._device, array.nbytes, stream, source_offset=offset)
         return self._device
@@ -368,13 +386,6 @@ class _Port:
         if self._device is not None:
             self._cuda.copy_to_host(self._device, host, stream)
         return host
-
-    def lend(self, dtype: np.dtype[Any], shape: tuple[int, ...], stream: CudaStream) -> DeviceArray:
-        """Queue a copy on the device that belongs to the caller."""
-        result = device_array(self._cuda, shape, dtype, stream)
-        if self._device is not None:
-            self._cuda.copy_on_device(self._device, result.buffer, result.nbytes, stream)
-        return result
 
     def close(self) -> None:
         """Give all memory back."""
@@ -405,14 +416,10 @@ def _grown(buffer: _Memory | None, nbytes: int, make: Callable[[int], _Memory]) 
 class _Slot:
     """Everything that one call uses alone: a stream for its copies, events and memory."""
 
-    def __init__(
-        self, cuda: Cuda, index: int, inputs: Iterable[str], outputs: Iterable[str], on_device: bool
-    ):
-        self.index = index
+    def __init__(self, cuda: Cuda, tensors: Iterable[str]):
         self.stream = cuda.stream()
         self.uploaded, self.computed = cuda.event(), cuda.event()
-        self.ports = {name: _Port(cuda, cuda.integrated) for name in inputs}
-        self.ports.update({name: _Port(cuda, cuda.integrated and not on_device) for name in outputs})
+        self.ports = {name: _Port(cuda, cuda.integrated) for name in tensors}
 
     def parts(self) -> Iterator[_Port | CudaStream | CudaEvent]:
         """What is to be closed: first the stream, which waits for what is queued."""
@@ -425,21 +432,16 @@ class _Slot:
 class _Lane:
     """An execution context, what it is set to, and the recorded launch of exactly that.
 
-    A context that a graph was recorded from must not be changed, so each set of shapes has a context of its own.
+    A context that a graph was recorded from must not be changed, so each set of shapes and addresses that is recorded has a
+    context of its own. ``warm``: it was launched plainly with these shapes, without which TensorRT cannot be recorded.
     """
 
     context: Any
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] | None = None
     outputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    addresses: Mapping[str, int] = field(default_factory=dict)
+    addresses: dict[str, int] = field(default_factory=dict)
     warm: bool = False
     graph: CudaGraph | None = None
-
-    def forget(self) -> None:
-        """Drop the recorded launch: the context is about to be changed."""
-        graph, self.graph, self.warm = self.graph, None, False
-        if graph is not None:
-            graph.close()
 
 
 class TensorRtRunner(Runner):
@@ -447,8 +449,8 @@ class TensorRtRunner(Runner):
 
     Calls from several threads compute one after the other, while the copies of one overlap with the computing of another.
     Inputs may be host arrays or :class:`~lp_edge.engines.device.DeviceArray`, whose memory is read where it is, without
-    waiting for it on the host. Results are the caller's own: host arrays, or, with ``device_outputs``, device arrays that are
-    still being written when ``infer`` returns and know the stream to wait for.
+    waiting for it on the host. Results are the caller's own: host arrays, or, with ``keep``, device arrays that are still being
+    written when ``infer`` returns. Calls of both kinds may be mixed.
 
     Attributes:
         key: what the engine was built for.
@@ -461,33 +463,39 @@ class TensorRtRunner(Runner):
         cuda: Cuda,
         config: TensorRtConfig,
         *,
-        device_outputs: bool = False,
-        own_cuda: bool = False,
+        share: SharedCuda | None = None,
     ) -> None:
         super().__init__(name, *_surface(ready, name))
         self.key: Final = ready.key
         self._ready: _Engine | None = ready
         self._trt, self._errors = ready.trt, ready.errors
-        self._cuda, self._own_cuda, self._on_device = cuda, own_cuda, device_outputs
+        self._cuda, self._share = cuda, share
         self._profile: Profile = ready.key.profile
+        self._max_batch = _max_batch(self._profile, self.inputs.values(), self.outputs.values())
         shared = not self._profile or _shares_profile(ready.trt)
         self._lane_limit = _CONTEXTS if shared else 1
         self._graphs = config.cuda_graphs
         self._lock = threading.Lock()  # of the compute stream, the lanes and the graphs
-        self._lanes: dict[tuple[int, tuple[tuple[int, ...], ...]], _Lane] = {}  # the longest unused first
-        # One caller that waits for results keeps to one slot and its records; results on the device it gets from all in turn.
-        self._idle: queue.Queue[_Slot | None] = queue.Queue() if device_outputs else queue.LifoQueue()
+        self._lanes: list[_Lane] = []  # the longest unused first
+        # The latest launches, by shapes and addresses: what comes again while it is here is recorded. No more than there are
+        # contexts, or a longer round of addresses would be recorded again and again.
+        self._seen: deque[tuple[Any, ...]] = deque(maxlen=self._lane_limit)
+        self._turn = threading.Condition()  # of the idle slots
+        self._idle: deque[_Slot] = deque()
+        self._ended = False
         self._slots: list[_Slot] = []
+        # Where outputs go that nobody wants. All launches run on one stream, so one place is enough.
+        self._unwanted = {name: _Port(cuda, False) for name in self.outputs}
         self._scratch: DeviceBuffer | None = None
         self._compute = cuda.stream()
         try:
             size = _first(ready.engine, "device_memory_size_v2", "device_memory_size")
             self._scratch = cuda.alloc(size) if size else None
-            for index in range(config.slots if shared else 1):
-                self._slots.append(_Slot(cuda, index, self.inputs, self.outputs, device_outputs))
-                self._idle.put(self._slots[-1])
+            for _ in range(config.slots if shared else 1):
+                self._slots.append(_Slot(cuda, (*self.inputs, *self.outputs)))
+            self._idle.extend(self._slots)
         except BaseException:
-            self._own_cuda = False  # the caller still has it
+            self._share = None  # the caller still has it
             self._release()
             raise
 
@@ -498,6 +506,21 @@ class TensorRtRunner(Runner):
     @property
     def device(self) -> str:
         return str(self._cuda.name)
+
+    @property
+    def resident(self) -> bool:
+        return True
+
+    @property
+    def max_batch(self) -> int | None:
+        return self._max_batch
+
+    def upload(self, array: npt.NDArray[Any]) -> DeviceArray:
+        return upload(self._cuda, array)
+
+    def concatenate(self, arrays: Sequence[Array]) -> DeviceArray:
+        # Not on the compute stream: another thread may be recording that.
+        return concatenate(self._cuda, arrays, self._cuda.transfer_stream())
 
     # -- running --------------------------------------------------------------------------------
 
@@ -513,21 +536,33 @@ class TensorRtRunner(Runner):
         return array
 
     def _infer(self, feeds: Mapping[str, Array], outputs: tuple[str, ...]) -> dict[str, Array]:
+        return self._in_slot(feeds, outputs, False)
+
+    def _infer_kept(self, feeds: Mapping[str, Array], outputs: tuple[str, ...]) -> dict[str, Array]:
+        return self._in_slot(feeds, outputs, True)
+
+    def _in_slot(self, feeds: Mapping[str, Array], outputs: tuple[str, ...], keep: bool) -> dict[str, Array]:
         self._within_profile(feeds)
-        slot = self._idle.get()
-        if slot is None:
-            self._idle.put(None)  # for the next who waits
-            raise EngineError(
-                f"{self.name}: infer on a closed runner", "expected an open one", "keep it open"
-            )
+        with self._turn:
+            while not self._idle and not self._ended:
+                self._turn.wait()
+            if self._ended:
+                raise EngineError(
+                    f"{self.name}: infer on a closed runner", "expected an open one", "keep it open"
+                )
+            # Who waits for results keeps to one slot and its records; results on the device come from all in turn, or the upload
+            # of the next would wait for the network.
+            slot = self._idle.popleft() if keep else self._idle.pop()
         try:
-            return self._run(slot, feeds, outputs)
+            return self._run(slot, feeds, outputs, keep)
         except BaseException:
             # What was queued must not write into the slot's memory when the next call has it.
             self._settle(slot)
             raise
         finally:
-            self._idle.put(slot)
+            with self._turn:
+                self._idle.append(slot)
+                self._turn.notify_all()
 
     def _within_profile(self, feeds: Mapping[str, Array]) -> None:
         for name, (low, _, high) in self._profile.items():
@@ -539,42 +574,45 @@ class TensorRtRunner(Runner):
                     "use smaller batches, or raise the options max_batch or axes, which builds another engine",
                 )
 
-    def _run(self, slot: _Slot, feeds: Mapping[str, Array], outputs: tuple[str, ...]) -> dict[str, Array]:
-        compute = self._compute
+    def _run(
+        self, slot: _Slot, feeds: Mapping[str, Array], outputs: tuple[str, ...], keep: bool
+    ) -> dict[str, Array]:
+        compute, ready = self._compute, None
         # The slot's pinned memory may still be read for the call before: by its upload, or by the network itself.
         (slot.computed if self._cuda.integrated else slot.uploaded).synchronize()
-        sources: dict[str, DeviceArray | DeviceBuffer | PinnedBuffer] = {}
-        written: list[CudaEvent] = []
+        here: dict[str, DeviceArray] = {}
+        brought: dict[str, DeviceBuffer | PinnedBuffer] = {}
         for name, array in feeds.items():
-            if isinstance(array, DeviceArray):
-                written.append(array.stream.record())
-                sources[name] = array
-                if array.pointer % _ALIGNMENT:
-                    sources[name] = slot.ports[name].take(array, slot.stream)
+            if not isinstance(array, DeviceArray):
+                brought[name] = slot.ports[name].put(to_host(array), slot.stream)
+            elif array.pointer % _ALIGNMENT:
+                brought[name] = slot.ports[name].take(array, slot.stream)
             else:
-                sources[name] = slot.ports[name].put(to_host(array), slot.stream)
+                here[name] = array
         slot.stream.record(slot.uploaded)
-        addresses: dict[str, int] = {}
+        sources = {**here, **brought}
+        shapes = {name: tuple(feeds[name].shape) for name in self.inputs}
         with self._lock:  # nothing may touch the compute stream while another thread records it
-            for event in written:
-                compute.wait(event)
-            for name, source in sources.items():
-                source.use(compute)
-                addresses[name] = source.pointer
-            lane = self._lane(slot, {name: tuple(array.shape) for name, array in feeds.items()}, addresses)
+            # The slot waits for the network before it touches its own memory again; what is the caller's is dropped any time.
             compute.wait(slot.uploaded)
-            self._launch(lane, compute)
+            for array in here.values():
+                array.read_on(compute)
+            addresses = {name: sources[name].pointer for name in self.inputs}
+            sizes, kept = self._launch(slot, shapes, addresses, outputs, keep)
             compute.record(slot.computed)
+            if keep:
+                ready = compute.record(self._cuda.event(patient=True))
         slot.stream.wait(slot.computed)
-        results: dict[str, Array] = {}
-        for name in outputs:
-            port, dtype, shape = slot.ports[name], self.outputs[name].dtype, lane.outputs[name]
-            bring = port.lend if self._on_device else port.get
-            results[name] = bring(dtype, shape, slot.stream)
-        if self._on_device:
-            return results
+        if keep:
+            return {
+                name: DeviceArray(buffer, sizes[name], self.outputs[name].dtype, compute, ready=ready)
+                for name, buffer in kept.items()
+            }
+        views = {
+            name: slot.ports[name].get(self.outputs[name].dtype, sizes[name], slot.stream) for name in outputs
+        }
         slot.stream.synchronize()
-        return {name: to_host(view).copy() for name, view in results.items()}
+        return {name: view.copy() for name, view in views.items()}
 
     def _settle(self, slot: _Slot) -> None:
         try:
@@ -586,35 +624,108 @@ class TensorRtRunner(Runner):
 
     # -- contexts and graphs --------------------------------------------------------------------
 
-    def _lane(self, slot: _Slot, shapes: Mapping[str, tuple[int, ...]], addresses: dict[str, int]) -> _Lane:
-        """The context for a slot and shapes, with all addresses set."""
-        key = (slot.index, tuple(shapes[name] for name in self.inputs))
-        lane = self._lanes.pop(key, None)
-        if lane is None:
-            lane = self._new_lane()
-            self._shape(lane, shapes)
-        self._lanes[key] = lane
+    def _launch(
+        self,
+        slot: _Slot,
+        shapes: Mapping[str, tuple[int, ...]],
+        inputs: dict[str, int],
+        wanted: tuple[str, ...],
+        keep: bool,
+    ) -> tuple[Mapping[str, tuple[int, ...]], dict[str, DeviceBuffer]]:
+        """Queue the network, and return the shapes of its outputs and the memory of those that stay on the device.
+
+        What was recorded with exactly these addresses is replayed. Anything else is launched plainly, and recorded when it comes
+        again soon.
+        """
+        compute = self._compute
+        for lane in reversed(self._lanes):
+            if lane.graph is None or lane.shapes != shapes:
+                continue
+            addresses = inputs | self._ports_of(lane, slot, wanted, keep)
+            if any(lane.addresses[name] != address for name, address in addresses.items()):
+                continue
+            if (kept := self._again(lane, wanted if keep else ())) is not None:
+                self._lanes.remove(lane)
+                self._lanes.append(lane)
+                lane.graph.launch(compute)
+                return lane.outputs, kept
+        lane = self._free_lane(shapes)
+        kept = {
+            name: self._cuda.alloc(_nbytes(self.outputs[name].dtype, lane.outputs[name]), stream=compute)
+            for name in (wanted if keep else ())
+        }
+        for buffer in kept.values():
+            buffer.use(compute)  # the caller may drop it before it is written
+        addresses = inputs | self._ports_of(lane, slot, wanted, keep)
+        addresses |= {name: buffer.pointer for name, buffer in kept.items()}
+        self._bind(lane, addresses)
+        launch = (*shapes.values(), *(addresses[name] for name in (*self.inputs, *self.outputs)))
+        again = launch in self._seen
+        if again:
+            self._seen.remove(launch)
+        self._seen.append(launch)
+        if again and lane.warm and self._graphs:
+            lane.graph = self._recorded(lane, compute)
+        if lane.graph is not None:
+            lane.graph.launch(compute)
+        else:
+            self._enqueue(lane, compute)
+            lane.warm = True
+        return lane.outputs, kept
+
+    def _ports_of(self, lane: _Lane, slot: _Slot, wanted: tuple[str, ...], keep: bool) -> dict[str, int]:
+        """Addresses of the outputs that do not stay on the device, in memory large enough."""
+        addresses = {}
         for name, shape in lane.outputs.items():
-            buffer = slot.ports[name].fit(_nbytes(self.outputs[name].dtype, shape))
+            if not (keep and name in wanted):
+                port = slot.ports[name] if name in wanted else self._unwanted[name]
+                buffer = port.fit(_nbytes(self.outputs[name].dtype, shape))
+                buffer.use(self._compute)  # a larger one may take its place while this one is written
+                addresses[name] = buffer.pointer
+        return addresses
+
+    def _again(self, lane: _Lane, kept: tuple[str, ...]) -> dict[str, DeviceBuffer] | None:
+        """The memory that a graph was recorded with, for the outputs that stay; None where somebody has it."""
+        buffers: dict[str, DeviceBuffer] = {}
+        for name in kept:
+            size = _nbytes(self.outputs[name].dtype, lane.outputs[name])
+            buffer = self._cuda.alloc_at(lane.addresses[name], size, self._compute)
+            if buffer is None:
+                return None
             buffer.use(self._compute)
-            addresses[name] = buffer.pointer
-        if lane.addresses != addresses:
-            lane.forget()
-            lane.addresses = {}
-            for name, address in addresses.items():
-                if not lane.context.set_tensor_address(name, address):
-                    raise self._failed(f"does not take the memory of {name}")
-            lane.addresses = dict(addresses)
+            buffers[name] = buffer
+        return buffers
+
+    def _free_lane(self, shapes: Mapping[str, tuple[int, ...]]) -> _Lane:
+        """A lane for these shapes that nothing is recorded in."""
+        for lane in self._lanes:
+            if lane.graph is None and lane.shapes == shapes:
+                break
+        else:
+            if len(self._lanes) < self._lane_limit:
+                lane = _Lane(self._new_context())
+                self._lanes.append(lane)
+            else:
+                lane = self._lanes[0]
+                self._compute.synchronize()  # it may be running
+                graph, lane.graph = lane.graph, None
+                if graph is not None:
+                    graph.close()
+            if lane.shapes != shapes:
+                self._shape(lane, shapes)
+        self._lanes.remove(lane)
+        self._lanes.append(lane)
         return lane
 
-    def _new_lane(self) -> _Lane:
-        """A lane with a context of its own, or the longest unused when there are enough."""
-        if len(self._lanes) >= self._lane_limit:
-            lane = self._lanes.pop(next(iter(self._lanes)))
-            self._compute.synchronize()
-            lane.forget()
-            lane.addresses = {}
-            return lane
+    def _bind(self, lane: _Lane, addresses: Mapping[str, int]) -> None:
+        for name, address in addresses.items():
+            if lane.addresses.get(name) != address:
+                lane.addresses.pop(name, None)
+                if not lane.context.set_tensor_address(name, address):
+                    raise self._failed(f"does not take the memory of {name}")
+                lane.addresses[name] = address
+
+    def _new_context(self) -> Any:
         engine: Any = self._ready.engine if self._ready is not None else None
         strategy = getattr(self._trt, "ExecutionContextAllocationStrategy", None)
         if strategy is not None:
@@ -633,31 +744,22 @@ class TensorRtRunner(Runner):
             if not context.set_optimization_profile_async(0, self._compute.handle):
                 raise self._failed("does not share its profile between contexts")
             self._compute.synchronize()
-        return _Lane(context)
+        return context
 
     def _shape(self, lane: _Lane, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Set the shapes of the inputs and learn those of the outputs."""
         context = lane.context
+        lane.shapes, lane.warm = None, False
         for name, shape in shapes.items():
             if name in self._profile and not context.set_input_shape(name, shape):
                 raise self._failed(f"does not take {name} with shape {list(shape)}")
         if missing := context.infer_shapes():
             raise self._failed(f"wants the shapes of {', '.join(missing)}")
-        lane.shapes = dict(shapes)
-        lane.outputs = {name: tuple(context.get_tensor_shape(name)) for name in self.outputs}
-        for name, shape in lane.outputs.items():
+        outputs = {name: tuple(context.get_tensor_shape(name)) for name in self.outputs}
+        for name, shape in outputs.items():
             if any(size < 0 for size in shape):
                 raise self._failed(f"does not know the shape of output {name} before it runs")
-
-    def _launch(self, lane: _Lane, stream: CudaStream) -> None:
-        """Queue the network: the first time plainly, then recorded, then by replaying the record."""
-        if lane.graph is None and self._graphs and lane.warm:
-            lane.graph = self._recorded(lane, stream)
-        if lane.graph is not None:
-            lane.graph.launch(stream)
-            return
-        self._enqueue(lane, stream)
-        lane.warm = True
+        lane.shapes, lane.outputs = dict(shapes), outputs
 
     def _enqueue(self, lane: _Lane, stream: CudaStream) -> None:
         if not lane.context.execute_async_v3(stream.handle):
@@ -687,16 +789,19 @@ class TensorRtRunner(Runner):
     # -- the end --------------------------------------------------------------------------------
 
     def _close(self) -> None:
-        for _ in self._slots:  # what other threads are still running ends first
-            self._idle.get()
-        self._idle.put(None)
+        with self._turn:
+            self._ended = True
+            self._turn.notify_all()
+            while len(self._idle) < len(self._slots):  # what other threads are still running ends first
+                self._turn.wait()
         self._release()
 
     def _release(self) -> None:
         """Free everything, contexts before the engine and that before its runtime; what fails there is logged."""
         parts: list[Any] = [
             self._compute,
-            *(lane.graph for lane in self._lanes.values() if lane.graph is not None),
+            *(lane.graph for lane in self._lanes if lane.graph is not None),
+            *self._unwanted.values(),
         ]
         parts += [part for slot in self._slots for part in slot.parts()]
         parts += [self._scratch] if self._scratch is not None else []
@@ -716,12 +821,23 @@ class TensorRtRunner(Runner):
                 len(parts),
                 failures[0],
             )
-        for lane in self._lanes.values():
+        for lane in self._lanes:
             lane.context = lane.graph = None
         self._lanes.clear()
         self._ready = None
-        if self._own_cuda:
-            self._cuda.close()
+        if self._share is not None:
+            self._share.close()
+
+
+def _max_batch(profile: Profile, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> int | None:
+    """Largest size of the axis that all outputs begin with; None when there is no such axis, or no input has it."""
+    axes = {spec.shape[0] if spec.shape else 1 for spec in outputs}
+    sizes = [
+        profile[spec.name][2][0]
+        for spec in inputs
+        if spec.name in profile and isinstance(spec.shape[0], str) and {spec.shape[0]} == axes
+    ]
+    return min(sizes, default=None)
 
 
 def _shares_profile(trt: Any) -> bool:

@@ -18,10 +18,13 @@ import pytest
 
 from lp_edge.engines import BackendConfig, open_bundle, open_runner
 from lp_edge.engines.batching import BatchConfig, CallScope, DeviceWorker
-from lp_edge.engines.runner import Array, Runner, TensorSpec
+from lp_edge.engines.cuda import Cuda, open_cuda
+from lp_edge.engines.device import DeviceArray, concatenate, upload
+from lp_edge.engines.runner import Array, Runner, TensorSpec, fetch
 from lp_edge.errors import ConfigError, EngineError, Interrupted, TensorError
 from lp_edge.runtime.animator import Animator
 from lp_edge.runtime.options import AnimateOptions
+from lp_edge.tests.fake_cuda.device import FakeCuda
 
 CPU = BackendConfig("cpu", threads=1)
 LONG = 20.0  # seconds; no test waits that long unless it fails
@@ -175,6 +178,8 @@ class Line:
         array: Any,
         runner: Runner | None = None,
         outputs: Sequence[str] | None = None,
+        *,
+        keep: bool = False,
         **more: Any,
     ) -> Future[dict[str, Any]]:
         """Make a call in a thread of its own and return when it stands in line (or is being run)."""
@@ -183,7 +188,7 @@ class Line:
 
         def work() -> dict[str, Any]:
             with nullcontext() if scope is None else self.worker.scope(scope):
-                return (runner or self.runner).infer({"x": array, **more}, outputs)
+                return (runner or self.runner).infer({"x": array, **more}, outputs, keep=keep)
 
         future = self.pool.submit(work)
         if hasattr(self, "first"):  # the thread of the worker is at the gate
@@ -951,6 +956,273 @@ def test_threads_share_the_calls(pool: ThreadPoolExecutor) -> None:
         assert fake.rows()[2:] == [[2, 3, 4, 5]]  # 7 wait and 1 runs
         fake.gate.open()
         assert [f.result(LONG)["y"][0, 0] for f in futures] == [2 * i for i in range(9)]
+
+
+# -- results that stay on the device -------------------------------------------------------------------
+
+
+class Resident(Fake):
+    """Keeps results on a (fake) device; they count as written when they are let through ``landing``."""
+
+    resident = True
+
+    def __init__(self, cuda: Cuda, *specs: Any, most: int | None = None, **options: Any) -> None:
+        super().__init__(*specs, **options)
+        self.cuda, self.landing, self.joined = cuda, Gate(), 0
+        self.largest, self.lost = most, False
+
+    @property
+    def max_batch(self) -> int | None:
+        return self.largest
+
+    def _stage(self, array: Array) -> Array:
+        return array
+
+    def upload(self, array: np.ndarray) -> Array:
+        return upload(self.cuda, array)
+
+    def concatenate(self, arrays: Sequence[Array]) -> Array:
+        self.joined += 1
+        return concatenate(self.cuda, arrays, self.cuda.transfer_stream())
+
+    def _infer_kept(self, feeds: Mapping[str, Array], outputs: tuple[str, ...]) -> dict[str, Array]:
+        stream, kept = self.cuda.transfer_stream(), {}
+        for name, value in self._infer(feeds, outputs).items():
+            made = upload(self.cuda, np.asarray(value))
+            made.read_on(stream)
+            ready = stream.record()
+            landed = ready.synchronize
+
+            def late(landed: Callable[[], None] = landed) -> None:
+                self.landing.pass_through()
+                if self.lost:
+                    raise EngineError("the device is lost", "", "")
+                landed()
+
+            ready.synchronize = late  # type: ignore[method-assign]
+            kept[name] = DeviceArray(made.buffer, made.shape, made.dtype, stream, ready=ready)
+        return kept
+
+
+@pytest.fixture
+def cuda() -> Iterator[Cuda]:
+    with FakeCuda() as fake, open_cuda(runtime=fake) as opened:
+        yield opened
+    gc.collect()
+
+
+def numbers(future: Future[dict[str, Any]]) -> list[float]:
+    """First numbers of the rows of y."""
+    return [float(value) for value in fetch(future.result(LONG)["y"])()[:, 0]]
+
+
+def test_a_wrapped_runner_keeps_what_the_runner_keeps(cuda: Cuda) -> None:
+    with DeviceWorker(BatchConfig()) as worker:
+        plain, kept = worker.wrap(Fake()), worker.wrap(Resident(cuda, most=5))
+        assert (plain.resident, plain.max_batch, kept.resident, kept.max_batch) == (False, None, True, 5)
+        host = x(1)
+        assert plain.upload(host) is host and plain.concatenate([host]) is host
+        there = kept.upload(host)
+        assert isinstance(there, DeviceArray) and isinstance(kept.concatenate([there, host]), DeviceArray)
+        assert isinstance(kept.infer({"x": host}, keep=True)["y"], DeviceArray)
+        for runner in (plain, kept):
+            assert isinstance(runner.infer({"x": host})["y"], np.ndarray)
+        assert isinstance(plain.infer({"x": host}, keep=True)["y"], np.ndarray)
+
+
+def test_portraits_on_the_device_become_one_batch(pool: ThreadPoolExecutor, cuda: Cuda) -> None:
+    """Features of each portrait stay, keypoints come from the host; nobody's result keeps another's alive."""
+    with Line(pool, Fake()) as line:
+        resident = Resident(cuda, SPREAD)
+        runner = line.worker.wrap(resident)
+        one, two = runner.upload(x(100)), runner.upload(x(200))
+        more = runner.upload(x(0))
+        futures = [
+            line.call("a", x(0), runner=runner, source=one, more=more, keep=True),
+            line.call("b", x(1, 2), runner=runner, source=two, more=more, keep=True),
+            line.call("c", runner.upload(x(2)), runner=runner, source=one, more=x(0), keep=True),
+            line.call("d", x(3), runner=runner, source=one, more=more),  # brought to the host: not with them
+        ]
+        line.go()
+        assert [numbers(future) for future in futures] == [[100], [202, 202], [104], [106]]
+        assert resident.rows() == [[0, 1, 1, 2], [3]] and resident.joined == 3
+        kept = resident.calls[0]
+        assert all(isinstance(kept[name], DeviceArray) for name in ("x", "source", "more"))
+        results = [future.result()["y"] for future in futures]
+        assert [array.buffer.nbytes for array in results[:3]] == [8, 16, 8]
+        assert isinstance(results[3], np.ndarray)
+        same = [line.call(f"s{i}", x(i), runner=runner, source=one, more=more, keep=True) for i in range(2)]
+        assert [numbers(future) for future in same] == [[100], [102]]
+        resident.calls.clear()
+        del kept, results, futures, same, one, two, more
+
+
+def test_one_portrait_is_passed_once(pool: ThreadPoolExecutor, cuda: Cuda) -> None:
+    with Line(pool, Fake()) as line:
+        resident = Resident(cuda, SPREAD)
+        runner = line.worker.wrap(resident)
+        source, more = runner.upload(x(100)), runner.upload(x(0))
+        futures = [
+            line.call(f"s{i}", x(i), runner=runner, source=source, more=more, keep=True) for i in range(3)
+        ]
+        line.go()
+        assert [numbers(future) for future in futures] == [[100], [102], [104]]
+        assert resident.calls[0]["source"] is source and resident.joined == 0
+        resident.calls.clear()
+        del source, more, futures
+
+
+def test_a_batch_is_no_larger_than_the_runner_takes(pool: ThreadPoolExecutor, cuda: Cuda) -> None:
+    with Line(pool, Fake()) as line:
+        resident = Resident(cuda, most=3)
+        runner = line.worker.wrap(resident)
+        futures = [line.call(f"s{i}", x(i), runner=runner) for i in range(7)]
+        line.go()
+        assert [numbers(future) for future in futures] == [[2 * i] for i in range(7)]
+    assert resident.rows() == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+def test_a_batch_that_fails_runs_one_by_one_and_stays_there(
+    pool: ThreadPoolExecutor, cuda: Cuda, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Line(pool, Fake()) as line:
+        runner = line.worker.wrap(Resident(cuda))
+        futures = [
+            line.call(f"s{i}", x(value), runner=runner, keep=True) for i, value in enumerate((1, np.nan, 3))
+        ]
+        line.go()
+        with pytest.raises(EngineError, match="NaN came"):
+            futures[1].result(LONG)
+        assert [numbers(futures[0]), numbers(futures[2])] == [[2], [6]]
+        assert all(isinstance(futures[i].result()["y"], DeviceArray) for i in (0, 2))
+        del futures
+
+
+def test_a_batch_on_the_device_gathers_the_next(pool: ThreadPoolExecutor, cuda: Cuda) -> None:
+    """Results are handed out at once; what comes meanwhile becomes one batch, unless it is full or nobody can join."""
+    with DeviceWorker(BatchConfig(max_batch=3)) as worker:
+        resident, other = Resident(cuda), Fake(name="other")
+        runner, free = worker.wrap(resident), worker.wrap(other)
+        scopes = [CallScope(i) for i in range(5)]
+
+        def call(i: int) -> Future[dict[str, Any]]:
+            def work() -> dict[str, Any]:
+                with worker.scope(scopes[i]):
+                    return runner.infer({"x": x(i)}, keep=True)
+
+            return pool.submit(work)
+
+        resident.landing.close()
+        with worker.scope(scopes[0]), worker.scope(scopes[4]):
+            first = call(0)
+            assert isinstance(first.result(LONG)["y"], DeviceArray)  # before it is written
+            resident.landing.wait_for_call()
+            second = [call(1)]
+            wait_until(lambda: worker.pending == 1)
+            assert free.infer({"x": x(5)})["y"][0, 0] == 10  # another network is not held up
+            assert worker.pending == 1 and len(resident.calls) == 1
+            second.append(call(2))
+            wait_until(lambda: worker.pending == 2)
+            assert len(resident.calls) == 1
+            second.append(call(3))  # now it is full
+            wait_until(lambda: len(resident.calls) == 2)
+            third = [call(i) for i in (0, 1, 2)]  # full as well, but two are there
+            wait_until(lambda: worker.pending == 3)
+            time.sleep(0.01)
+            assert len(resident.calls) == 2
+            resident.landing.step()
+            wait_until(lambda: len(resident.calls) == 3)
+            resident.landing.open()
+        values = [fetch(future.result(LONG)["y"]) for future in (first, *second, *third)]
+        assert [float(wait()[0, 0]) for wait in values] == [0, 2, 4, 6, 0, 2, 4]
+        del values, first, second, third
+    assert [len(rows) for rows in resident.rows()] == [1, 3, 3]
+
+
+@pytest.mark.parametrize("max_wait_s", [0.0, 0.001])
+def test_waiting_for_the_device_takes_no_time_of_the_cpu(
+    pool: ThreadPoolExecutor, cuda: Cuda, max_wait_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with DeviceWorker(BatchConfig(max_wait_s=max_wait_s)) as worker:
+        resident, looks = Resident(cuda), []
+        runner, working = worker.wrap(resident), worker._next
+        resident.landing.close()
+        with worker.scope(CallScope("might join")):
+            first = pool.submit(runner.infer, {"x": x(1)}, keep=True)
+            resident.landing.wait_for_call()
+            monkeypatch.setattr(worker, "_next", lambda now: (looks.append(now), working(now))[1])
+            second = pool.submit(runner.infer, {"x": x(2)}, keep=True)
+            wait_until(lambda: worker.pending == 1)
+            time.sleep(0.05)
+            assert len(looks) < 10 and len(resident.calls) == 1
+            resident.landing.open()
+            assert [numbers(first), numbers(second)] == [[2], [4]]
+        del first, second
+
+
+def test_a_stream_that_is_alone_is_one_ahead(pool: ThreadPoolExecutor, cuda: Cuda) -> None:
+    with DeviceWorker(BatchConfig()) as worker:
+        resident = Resident(cuda)
+        runner = worker.wrap(resident)
+        resident.landing.close()
+        arrays = [runner.infer({"x": x(i)}, keep=True)["y"] for i in range(2)]
+        third = pool.submit(runner.infer, {"x": x(2)}, keep=True)
+        wait_until(lambda: worker.pending == 1)
+        assert len(resident.calls) == 2
+        resident.landing.open()
+        assert numbers(third) == [4] and [float(fetch(a)()[0, 0]) for a in arrays] == [0, 2]
+        del arrays, third
+
+
+@pytest.mark.parametrize("which", ["runner", "worker"])
+def test_closing_waits_for_the_device(pool: ThreadPoolExecutor, cuda: Cuda, which: str) -> None:
+    resident = Resident(cuda)
+    with DeviceWorker(BatchConfig()) as worker:
+        runner = worker.wrap(resident)
+        resident.landing.close()
+        result = runner.infer({"x": x(1)}, keep=True)
+        resident.landing.wait_for_call()
+        closing = pool.submit(runner.close if which == "runner" else worker.close)
+        time.sleep(0.02)
+        assert not closing.done() and not resident.closes
+        resident.landing.open()
+        closing.result(LONG)
+        assert resident.closes == (which == "runner")
+        assert float(fetch(result["y"])()[0, 0]) == 2
+        del result
+
+
+def test_a_lost_device_holds_nobody_up(cuda: Cuda) -> None:
+    with DeviceWorker(BatchConfig()) as worker:
+        resident = Resident(cuda)
+        runner = worker.wrap(resident)
+        resident.lost = True
+        for i in range(5):
+            runner.infer({"x": x(i)}, keep=True)
+        assert len(resident.calls) == 5
+
+
+def test_the_observer_hears_when_results_are_written(cuda: Cuda) -> None:
+    notes = Notes()
+    with DeviceWorker(BatchConfig(), observer=notes) as worker:
+        resident = Resident(cuda)
+        runner = worker.wrap(resident)
+        resident.landing.close()
+        runner.infer({"x": x(1)}, keep=True)
+        resident.landing.wait_for_call()
+        assert not notes.notes
+        time.sleep(0.02)
+        resident.landing.open()
+    assert [note[:3] for note in notes.notes] == [("net", 1, 1)] and notes.notes[0][4] >= 0.02
+
+
+def test_results_on_the_device_are_not_kept_alive(cuda: Cuda) -> None:
+    with DeviceWorker(BatchConfig()) as worker:
+        runner = worker.wrap(Resident(cuda))
+        array = runner.infer({"x": x(1)}, keep=True)["y"]
+        seen = weakref.ref(array)
+        del array
+        wait_until(lambda: gc.collect() >= 0 and seen() is None)
 
 
 class Notes:

@@ -159,11 +159,12 @@ def test_fetch_does_not_wait_and_later_work_does_not_hold_it_up(
     wait = once.fetch()
     assert [name for name in fake.names if name.endswith("Synchronize")] == waits
     np.testing.assert_array_equal(wait(), DATA)
-    # The stream itself was not waited for: what came later is still queued, and reading that gives garbage.
-    assert not stream.done
     once.synchronize()
+    assert [work.label for work in fake._pending()] == [
+        "fill"
+    ]  # what the stream was given later was not waited for
     array.synchronize()
-    assert stream.done
+    assert not fake._pending()
 
 
 def test_fetched_memory_stays_until_its_view_is_dropped(cuda: Cuda, fake: FakeCuda):
@@ -212,6 +213,8 @@ def test_downloads_that_nobody_waits_for(cuda: Cuda):
 def test_upload_takes_a_copy(cuda: Cuda, fake: FakeCuda):
     data = DATA.copy()
     array = upload(cuda, data)
+    start = next(call.inputs[1] for call in fake.calls if call.name == "cudaMemcpyAsync")
+    assert any(memory.host <= start < memory.host + memory.size for memory in fake._memory)  # it is pinned
     data[:] = 0
     np.testing.assert_array_equal(to_host(array), DATA)
     strided = upload(cuda, DATA[:, ::-1].transpose(2, 0, 1))
@@ -236,6 +239,18 @@ def test_reading_on_another_stream(cuda: Cuda, stream: CudaStream):
         fresh = to_device(cuda, DATA + 1, stream)
         np.testing.assert_array_equal(to_host(copy), DATA)
         np.testing.assert_array_equal(to_host(fresh), DATA + 1)
+
+
+def test_the_stream_of_an_array_that_is_written_once(cuda: Cuda, fake: FakeCuda, stream: CudaStream):
+    """What a library is told that asks ``__cuda_array_interface__``: work behind what is queued there may read it."""
+    for _ in range(6):  # whatever stream it is
+        array, copy = upload(cuda, DATA), device_array(cuda, DATA.shape, DATA.dtype, stream)
+        handle = array.__cuda_array_interface__["stream"]
+        assert handle != 0
+        cuda._call("cudaMemcpyAsync", copy.pointer, array.pointer, DATA.nbytes, 3, handle)
+        fake("cudaStreamSynchronize", handle)
+        np.testing.assert_array_equal(to_host(copy), DATA)
+        array.buffer.close()
 
 
 def test_concatenate(cuda: Cuda, fake: FakeCuda, stream: CudaStream):

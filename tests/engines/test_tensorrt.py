@@ -9,7 +9,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ import pytest
 onnx = pytest.importorskip("onnx")
 
 from lp_edge.engines import BackendConfig, names, open_bundle, open_runner, tensorrt, trt_cache
+from lp_edge.engines import cuda as cuda_module
 from lp_edge.engines.bundle import EngineKey, key_json
 from lp_edge.engines.cuda import Cuda, open_cuda
-from lp_edge.engines.device import DeviceArray, to_device
+from lp_edge.engines.device import DeviceArray, concatenate, to_device
+from lp_edge.engines.runner import fetch
 from lp_edge.engines.tensorrt import TensorRtConfig, TensorRtRunner, build_bundle_engines, open_engine
 from lp_edge.engines.trt_cache import EngineCache, cache_folders
 from lp_edge.errors import (
@@ -235,10 +237,8 @@ def test_a_record_holds_only_the_memory_of_its_own_call(
             assert red(runner.infer(feeds(1))) == {1}
         assert others
         others[0].join(30)
-        for (index, _), lane in runner._lanes.items():
-            ports = runner._slots[index].ports.values()
-            own = {id(memory) for port in ports for memory in (port._device, port._pinned)}
-            assert lane.graph is None or set(lane.graph._buffers) <= own
+        graphs = [lane.graph for lane in runner._lanes if lane.graph is not None]
+        assert graphs and not any(graph._buffers for graph in graphs)
 
 
 def test_launches_of_two_threads_do_not_overlap(
@@ -315,11 +315,218 @@ def test_arrays_that_are_not_aligned_are_copied(places: Callable[..., Place], to
 @pytest.mark.parametrize("device", [H200, ORIN])
 def test_results_on_the_device(places: Callable[..., Place], toys: Path, device: Any) -> None:
     place = places("11.4", device)
-    with place.open(toys / WARP, device_outputs=True) as runner:
-        results = [runner.infer(feeds(value)) for value in (1, 2, 3, 4, 5)]
-        assert all(isinstance(array, DeviceArray) for array in results[0].values()) and not runner.loans
+    with place.open(toys / WARP) as runner:
+        assert runner.resident and not runner.loans
+        results = [runner.infer(feeds(value), keep=True) for value in (1, 2, 3, 4, 5)]
+        assert all(isinstance(array, DeviceArray) for array in results[0].values())
         assert [red(result) for result in results] == [{1}, {2}, {3}, {4}, {5}]  # none was overwritten
         del results
+
+
+def test_calls_of_both_kinds_from_several_threads(place: Place, toys: Path) -> None:
+    wrong: list[object] = []
+
+    def work(runner: TensorRtRunner, value: int) -> None:
+        try:
+            waiting: list[tuple[set[int], Callable[[], np.ndarray]]] = []
+            for turn in range(8):
+                value = (value * 7 + turn) % 200
+                got = runner.infer(feeds(value, 1 + value % 2), [names.IMAGE], keep=turn % 3 != 2)
+                waiting.append(({value}, fetch(got[names.IMAGE])))
+                if turn % 2:
+                    wrong.extend(
+                        (wanted, told)
+                        for wanted, wait in waiting
+                        if (told := set(wait()[..., 0].flat)) != wanted
+                    )
+                    waiting.clear()
+        except Exception as error:  # noqa: BLE001 - shown by the assertion
+            wrong.append(error)
+
+    with place.open(toys / WARP) as runner:
+        threads = [threading.Thread(target=work, args=(runner, 10 + i)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+    assert wrong == []
+
+
+def test_results_that_stay_are_written_where_they_are(place: Place, toys: Path) -> None:
+    """Without a copy, and by a recorded graph as soon as memory comes back."""
+    with place.open(toys / WARP) as runner:
+        kinds = []
+        for value in range(20):
+            before = len(place.world.cuda.calls)
+            image = runner.infer(feeds(value), [names.IMAGE], keep=True)[names.IMAGE]
+            kinds.append([
+                call.inputs[3] for call in place.world.cuda.calls[before:] if call.name == "cudaMemcpyAsync"
+            ])  # fmt: skip
+            assert set(fetch(image)()[..., 0].flat) == {value}
+            del image
+    assert kinds == [[1, 1, 1]] * 20  # the three inputs, upwards
+    assert place.world.captured <= 4 and place.world.cuda.count("cudaGraphLaunch") >= 12
+
+
+def test_a_replay_waits_for_who_reads_the_memory(places: Callable[..., Place], toys: Path) -> None:
+    """The caller drops a result that others still read; the graph writes there again."""
+    place = places("10.3")
+    with place.open(toys / WARP) as runner, place.cuda.stream() as other:
+        copies: list[DeviceArray] = []
+        for value in range(20):
+            image = runner.infer(feeds(value), [names.IMAGE], keep=True)[names.IMAGE]
+            copies.append(concatenate(place.cuda, [image, image], other))
+            if value < 16:  # from then on nobody waits for anything
+                copies[-1].synchronize()
+                replayed = place.world.cuda.count("cudaGraphLaunch")
+            del image
+        assert place.world.cuda.count("cudaGraphLaunch") > replayed
+        assert [set(np.asarray(copy)[..., 0].flat) for copy in copies] == [{value} for value in range(20)]
+        del copies
+
+
+@pytest.mark.parametrize(("held", "recorded"), [(3, True), (20, False)])
+def test_results_that_are_held(places: Callable[..., Place], toys: Path, held: int, recorded: bool) -> None:
+    """A few in flight come round to the memory that was recorded; many are launched plainly, and nothing is recorded in vain."""
+    place = places("10.3")
+    with place.open(toys / WARP) as runner:
+        queue: list[tuple[int, Any]] = []
+        for value in range(60):
+            queue.append((value, runner.infer(feeds(value), [names.IMAGE], keep=True)[names.IMAGE]))
+            if len(queue) > held:
+                value, image = queue.pop(0)
+                assert set(np.asarray(image)[..., 0].flat) == {value}
+                del image
+        assert place.world.contexts <= 8
+        if recorded:
+            assert place.world.cuda.count("cudaGraphLaunch") > 30
+        else:
+            assert place.world.captured <= 8
+        for value, image in queue:
+            assert set(np.asarray(image)[..., 0].flat) == {value}
+        del queue, image
+
+
+def test_a_record_that_still_runs_is_not_changed(places: Callable[..., Place], toys: Path) -> None:
+    """On 8.5 a network has one context: another size takes the place of the recorded launch, which may be under way."""
+    place = places("8.5")
+    with place.open(toys / WARP) as runner:
+        results = []
+        for value in (1, 2, 3, 4, 5, 6, 7, 8):
+            results.append(runner.infer(feeds(value, 1 + value // 8), [names.IMAGE], keep=True))
+            if value < 6:
+                assert red(results.pop()) == {value}
+                place.cuda.runtime("cudaDeviceSynchronize")
+        assert place.world.captured and [red(result) for result in results] == [{6}, {7}, {8}]
+        del results
+
+
+def test_a_download_waits_for_its_own_call_alone(places: Callable[..., Place], toys: Path) -> None:
+    place = places("10.3")
+    with place.open(toys / WARP) as runner:
+        first = runner.infer(feeds(1), [names.IMAGE], keep=True)
+        later = [runner.infer(feeds(value), [names.IMAGE], keep=True) for value in (2, 3, 4)]
+        queued = [work.label for work in place.world.cuda._pending()].count("TensorRT")
+        assert queued == 4  # each call's upload waits for nothing but the one before of its slot
+        assert set(fetch(first[names.IMAGE])()[..., 0].flat) == {1}
+        assert [work.label for work in place.world.cuda._pending()].count("TensorRT") >= 2
+        assert [red(result) for result in later] == [{2}, {3}, {4}]
+        del first, later
+
+
+def test_results_outlive_their_runner(places: Callable[..., Place], toys: Path) -> None:
+    place = places("10.3")
+    with place.open(toys / WARP) as runner:
+        results = runner.infer(feeds(3), keep=True)
+    with place.open(toys / WARP) as second:
+        assert red(second.infer(feeds(9))) == {9}
+        assert red(results) == {3} and fetch(results[names.IMAGE])().max() == 3
+        data: dict[str, Any] = {**feeds(4), names.SOURCE_IMAGE: results[names.IMAGE]}
+        assert red(second.infer(data)) == {7}
+    del results, data
+
+
+@pytest.mark.parametrize("device", [H200, ORIN])
+def test_portraits_that_stay(places: Callable[..., Place], toys: Path, device: Any) -> None:
+    """What the server does: pictures on the device for good, of several portraits laid together for a call."""
+    place = places("10.3", device)
+    with place.open(toys / WARP) as runner:
+        portraits = []
+        for value in (10, 20, 30):
+            pixels = np.full((1, 8, 8, 3), value, np.uint8)
+            portraits.append(runner.upload(pixels))
+            pixels[:] = 0
+        for dx in (1, 2, 3, 4):
+            data: dict[str, Any] = {**feeds(dx, 3), names.SOURCE_IMAGE: runner.concatenate(portraits)}
+            image = np.asarray(runner.infer(data, [names.IMAGE], keep=True)[names.IMAGE])
+            assert [set(row[..., 0].flat) for row in image] == [{10 + dx}, {20 + dx}, {30 + dx}]
+        assert runner.concatenate(portraits[:1]) is portraits[0]
+        del portraits, data
+
+
+def test_the_largest_batch(place: Place, toys: Path) -> None:
+    with place.open(toys / WARP) as runner:
+        assert runner.max_batch == 4
+    with place.open(toys / "liveportrait" / "stitching.onnx", config=TensorRtConfig(max_batch=3)) as runner:
+        assert runner.max_batch == 3
+    detector = onnx.load(toys / "face_detector.onnx")
+    for value in (*detector.graph.input, *detector.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+    with place.open(detector.SerializeToString()) as runner:
+        assert runner.max_batch is None
+
+
+def drop_and_write(place: Place, sizes: Sequence[int]) -> list[DeviceArray]:
+    """Arrays of these sizes in whatever memory the pool has, written on a stream that waits for nothing."""
+    stream = place.cuda.stream()
+    return [to_device(place.cuda, np.full(size, 99, np.uint8), stream) for size in sizes]
+
+
+@pytest.mark.parametrize("warm", [0, 8])
+@pytest.mark.parametrize("side", [8, 40])
+def test_results_dropped_before_they_are_written(
+    places: Callable[..., Place], toys: Path, warm: int, side: int
+) -> None:
+    """Plain and replayed: their memory must not be given to others yet. The fake tells of the race."""
+    place = places("10.3")
+    config = TensorRtConfig(max_batch=4, axes=CONFIG.axes, slots=1)
+    with place.open(toys / WARP, config=config) as runner:
+        for value in range(warm):
+            runner.infer(feeds(value, side=side), keep=True)
+            place.cuda.runtime("cudaDeviceSynchronize")
+            place.cuda.event()  # what was dropped goes back to the pool now, when nothing uses it any more
+        launches = place.world.launches
+        results = runner.infer(feeds(9, side=side), keep=True)
+        assert place.world.launches == launches + (not warm)
+        sizes = [array.nbytes for array in results.values()]
+        del results
+        others = drop_and_write(place, sizes)
+        assert all((np.asarray(other) == 99).all() for other in others)
+        del others
+
+
+def test_unwanted_results_that_are_outgrown(places: Callable[..., Place], toys: Path) -> None:
+    place = places("10.3")
+    with place.open(toys / WARP) as runner:
+        first = runner.infer(feeds(1, 1), [names.IMAGE], keep=True)
+        size = runner._unwanted[names.DEFORMATION]._device.nbytes  # type: ignore[union-attr]
+        second = runner.infer(feeds(2, 4), [names.IMAGE], keep=True)
+        others = drop_and_write(place, [size])
+        assert (red(first), red(second)) == ({1}, {2})
+        del first, second, others
+
+
+def test_inputs_dropped_before_they_are_read(places: Callable[..., Place], toys: Path) -> None:
+    place = places("10.3")
+    with place.open(toys / WARP) as runner:
+        data = {name: runner.upload(array) for name, array in feeds(4).items()}
+        place.cuda.runtime("cudaDeviceSynchronize")
+        sizes = [array.nbytes for array in data.values()]
+        result = runner.infer(data, keep=True)
+        data.clear()
+        others = drop_and_write(place, sizes)
+        assert red(result) == {4}
+        del result, others
 
 
 def test_arrays_dropped_while_the_network_runs(places: Callable[..., Place], toys: Path) -> None:
@@ -327,15 +534,15 @@ def test_arrays_dropped_while_the_network_runs(places: Callable[..., Place], toy
     place = places("10.3")
     config = TensorRtConfig(max_batch=4, axes=CONFIG.axes, slots=1)
     with (
-        place.open(toys / WARP, config=config, device_outputs=True) as runner,
+        place.open(toys / WARP, config=config) as runner,
         place.cuda.stream() as stream,
     ):
         inputs = {name: to_device(place.cuda, array, stream) for name, array in feeds(4).items()}
         sizes = [array.nbytes for array in inputs.values()]
         stream.synchronize()
-        first = runner.infer(inputs, [names.IMAGE])
+        first = runner.infer(inputs, [names.IMAGE], keep=True)
         inputs.clear()
-        second = runner.infer(feeds(5, 4, side=32), [names.IMAGE])  # in larger buffers
+        second = runner.infer(feeds(5, 4, side=32), [names.IMAGE], keep=True)  # in larger buffers
         sizes += [128, 192]  # the results of the first call: a deformation, a picture
         others = [to_device(place.cuda, np.full(size, 99, np.uint8), stream) for size in sizes]
         assert (red(first), red(second)) == ({4}, {5})
@@ -350,12 +557,12 @@ def test_one_network_feeds_the_next(places: Callable[..., Place], toys: Path) ->
     pixels[:, 10:30, 20:40] = 255
     with (
         open_runner(face, BackendConfig("cpu")) as reference,
-        place.open(face, device_outputs=True) as first,
+        place.open(face) as first,
         place.open(toys / WARP) as second,
     ):
         wanted = np.asarray(reference.infer({names.IMAGE: pixels})[names.POINTS])
         for _ in range(3):
-            points = first.infer({names.IMAGE: pixels})[names.POINTS]
+            points = first.infer({names.IMAGE: pixels}, keep=True)[names.POINTS]
             data: dict[str, Any] = {**feeds(0, 2), names.KP_DRIVING: points}
             shift = np.round(wanted[..., 0].mean(1)).astype(int)
             got = np.asarray(second.infer(data)[names.IMAGE])
@@ -454,7 +661,10 @@ def test_memory_that_tensorrt_does_not_take(places: Callable[..., Place], toys: 
     working = kind.set_tensor_address
 
     def refuse(self: Any, name: str, address: int) -> bool:
-        return name != names.DEFORMATION and working(self, name, address)
+        if name == names.KP_DRIVING:
+            del self._addresses[name]
+            return False
+        return working(self, name, address)
 
     with place.open(toys / WARP) as runner, place.cuda.stream() as stream:
         one, two = (
@@ -462,7 +672,7 @@ def test_memory_that_tensorrt_does_not_take(places: Callable[..., Place], toys: 
         )
         assert red(runner.infer(one)) == {1}
         kind.set_tensor_address = refuse
-        with pytest.raises(EngineError, match="does not take the memory of deformation"):
+        with pytest.raises(EngineError, match="does not take the memory of kp_driving"):
             runner.infer(two)
         kind.set_tensor_address = working
         assert red(runner.infer(one)) == {1}
@@ -815,7 +1025,7 @@ def test_a_bundle_network_through_the_registry(
     place: Place, toy_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", place.trt)
-    monkeypatch.setattr(tensorrt, "open_cuda", lambda device: open_cuda(device, runtime=place.world.cuda))
+    monkeypatch.setattr(cuda_module, "open_cuda", lambda device: open_cuda(device, runtime=place.world.cuda))
     options = {"max_batch": "4", "axes": "H=4:8:64,W=4:8:64"}
     monkeypatch.setattr(tensorrt, "_TELL_S", 0.0)
     caplog.set_level(logging.INFO, "lp_edge")
@@ -849,7 +1059,9 @@ def test_without_cuda(places: Callable[..., Place], toys: Path, monkeypatch: pyt
     from lp_edge.tests.fake_cuda.device import NO_DEVICE
 
     monkeypatch.setitem(sys.modules, "tensorrt", places().trt)
-    monkeypatch.setattr(tensorrt, "open_cuda", lambda device: open_cuda(device, runtime=FakeCuda(NO_DEVICE)))
+    monkeypatch.setattr(
+        cuda_module, "open_cuda", lambda device: open_cuda(device, runtime=FakeCuda(NO_DEVICE))
+    )
     with pytest.raises(BackendUnavailable, match="cudaGetDeviceCount"):
         tensorrt.open_backend(toys / WARP, BackendConfig("tensorrt"), "warp")
 
