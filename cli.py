@@ -1,13 +1,14 @@
 """The commands ``lp-run``, ``lp-export``, ``lp-doctor`` and ``lp-bench``: parse, build a configuration, call, print.
 
 Nothing heavy is imported until a command runs, so ``--help`` is instant. Results go to standard output, everything else
-(progress, warnings, errors) to standard error; with ``--json`` standard output holds exactly one JSON object
-(``lp-bench``: one per line), for errors too.
+(progress, warnings, errors) to standard error; with ``--json`` standard output holds exactly one JSON object, for errors too
+(``lp-bench``: JSON lines in the file that ``--json`` names).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import signal
@@ -15,9 +16,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import click
 
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from lp_edge.engines.backends import BackendConfig
+    from lp_edge.engines.trt_build import BuildProgress, TensorRtConfig
     from lp_edge.runtime.batch import BatchProgress, BatchResult
+    from lp_edge.runtime.bench_networks import Counter
+    from lp_edge.runtime.bench_report import Table
     from lp_edge.runtime.doctor import Report
     from lp_edge.runtime.job import Progress, RunConfig, RunResult
 
@@ -52,6 +56,8 @@ _PLAIN_EVERY = 5.0  # seconds between two lines of progress where there is no te
 class Guarded(click.Command):
     """A command whose every end is an exit code: errors become a message (or JSON) and the code of their class."""
 
+    json_errors = True  # --json is the option without a value that turns all output into JSON
+
     def main(
         self,
         args: Sequence[str] | None = None,
@@ -62,7 +68,8 @@ class Guarded(click.Command):
     ) -> NoReturn:
         words = sys.argv[1:] if args is None else list(args)
         name = prog_name or self.name or "lp-edge"
-        as_json, verbose = "--json" in words, "--verbose" in words or "-v" in words
+        as_json = self.json_errors and "--json" in words
+        verbose = "--verbose" in words or "-v" in words
         try:
             with _terminable():
                 code = super().main(words, name, complete_var, standalone_mode=False, **extra)
@@ -159,6 +166,17 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _backend_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say where networks run; the command gets ``bundle`` and ``backend``, a BackendConfig."""
+
+    @functools.wraps(command)
+    def configured(**given: Any) -> Any:
+        from lp_edge.engines.backends import BackendConfig
+
+        options = dict(name_and_value(text) for text in given.pop("backend_option"))
+        fields = {name: given.pop(name) for name in ("backend", "device", "threads", "pixels")}
+        return command(**given, backend=BackendConfig(**fields, provider_options=options))
+
+    result: Callable[..., Any] = configured
     for option in reversed(
         (
             click.option(
@@ -177,16 +195,31 @@ def _backend_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--threads", type=int, default=0, show_default=True, help="CPU threads; 0 = one per core."
             ),
+            click.option(
+                "--backend-option",
+                multiple=True,
+                metavar="NAME=VALUE",
+                help="Handed to the backend as it is, for example max_batch=4 to tensorrt; may be given several times.",
+            ),
+            click.option(
+                "--pixels",
+                type=click.Choice(["auto", "host", "device"]),
+                default="auto",
+                show_default=True,
+                help="Where crops are cut and pasted back: auto = on the device where the backend keeps frames there.",
+            ),
         )
     ):
-        command = option(command)
-    return command
+        result = option(result)
+    return result
 
 
-def _backend(backend: str, device: int, threads: int) -> BackendConfig:
-    from lp_edge.engines.backends import BackendConfig
-
-    return BackendConfig(backend, device, threads)
+def name_and_value(text: str) -> tuple[str, str]:
+    """The halves of what ``--backend-option`` was given; UsageError where there are none."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise click.UsageError(f"--backend-option {text!r}: expected NAME=VALUE")
+    return name, value
 
 
 # -- lp-run -----------------------------------------------------------------------------------------------
@@ -488,6 +521,26 @@ Examples:
     help="liveportrait: your own landmark.onnx, and det_10g.onnx with 2d106det.onnx (InsightFace, non-commercial), for crops exactly "
     "as LivePortrait cuts them.",
 )
+@click.option(
+    "--decoder",
+    type=click.Choice(["auto", "software", "nvidia", "gstreamer"]),
+    default="auto",
+    show_default=True,
+    help="What decodes clips: auto = hardware that gives the same frames, where the networks keep theirs on the device, otherwise "
+    "software; a named one is never replaced. lp-doctor tells which work.",
+)
+@click.option(
+    "--encoder",
+    type=click.Choice(["auto", "software", "nvidia", "gstreamer"]),
+    default="auto",
+    show_default=True,
+    help="What encodes H.264 (.mp4, .mov, .mkv), likewise.",
+)
+@click.option(
+    "--batch-size",
+    type=int,
+    help="Frames that the network draws at once, 1 to 64.  [default: 1 on a CPU; on a GPU what proves fastest]",
+)
 @common_options
 def run(
     sources: tuple[str, ...],
@@ -500,10 +553,11 @@ def run(
     save_motion: str | None,
     overwrite: bool,
     bundle: Path | None,
-    backend: str,
-    device: int,
-    threads: int,
+    backend: BackendConfig,
     face_models: Path | None,
+    decoder: str,
+    encoder: str,
+    batch_size: int | None,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -531,6 +585,7 @@ def run(
             raise click.UsageError("--face is the older name of --faces: give one of them")
         settings["faces"] = face
 
+    from lp_edge.runtime.hardware_video import VideoConfig
     from lp_edge.runtime.job import RunConfig, demo_picture, run_job
     from lp_edge.runtime.settings import read_setting, with_settings
 
@@ -548,8 +603,10 @@ def run(
         driving=driving or None,
         output=output,
         bundle=bundle,
-        backend=_backend(backend, device, threads),
+        backend=backend,
         face_models=face_models,
+        batch_size=batch_size,
+        video=VideoConfig(decoder, encoder),
         save_motion=save_motion,
         overwrite=overwrite,
     )
@@ -685,6 +742,10 @@ def _result_json(result: RunResult) -> dict[str, Any]:
         "seconds": result.seconds,
         "fps": result.fps,
         "backend": result.backend,
+        "pixels": result.pixels,
+        "batch_size": result.batch_size,
+        "decoder": result.decoder,
+        "encoder": result.encoder,
         "faces": dict(result.faces),
         "stages_ms": {name: asdict(times) for name, times in result.stages.items()},
         "warnings": list(result.warnings),
@@ -696,9 +757,20 @@ def _print_result(result: RunResult) -> None:
         click.echo(f"lp-run: note: {warning}", err=True)
     width, height = result.size
     frames = "1 frame" if result.frames == 1 else f"{result.frames} frames"
+    how = [result.backend]
+    if result.pixels == "device":
+        how.append("pixels on the device")
+    if result.batch_size > 1:
+        how.append(f"batches of {result.batch_size}")
+    for verb, words in (("decoded", result.decoder), ("encoded", result.encoder)):
+        by, because, _ = words.partition(", because ")
+        if by:
+            how.append(f"{verb} by {by}")
+        if because:
+            click.echo(f"lp-run: note: {verb} by {words}", err=True)
     click.echo(
         f"{result.output}: {frames}, {width}x{height}, made in {result.seconds:.1f} s "
-        f"({result.fps:.1f} frames/s, {result.backend})"
+        f"({result.fps:.1f} frames/s, {', '.join(how)})"
     )
     if result.motion is not None:
         click.echo(f"{result.motion}: motion of the driver")
@@ -751,13 +823,23 @@ def _plain_progress(name: str) -> Callable[[Progress], None]:
 
 # -- lp-export --------------------------------------------------------------------------------------------
 
+_ENGINE_OPTIONS = {
+    "device", "max_batch", "workspace_mib", "optimization_level", "hardware_compatible", "timing_cache"
+}  # fmt: skip
+_QUANTIZE_OPTIONS = {
+    "calibration", "calibration_method", "calibration_frames", "held_out_frames", "keep_float", "min_psnr",
+    "accept_quality",
+}  # fmt: skip
 _EXPORT_OPTIONS = {
-    "mesh": {"output"},
+    "mesh": {"output", "engines", *_ENGINE_OPTIONS},
     "liveportrait": {
-        "output", "variant", "weights", "fp16", "flavor", "allow_unverified", "offline", "endpoint"
+        "output", "variant", "weights", "precision", "fp16", "flavor", "allow_unverified", "offline", "endpoint",
+        "engines", *_ENGINE_OPTIONS, *_QUANTIZE_OPTIONS,
     },
+    "quantize": {"output", "precision", "reference", "engines", *_ENGINE_OPTIONS, *_QUANTIZE_OPTIONS},
     "verify": {"weights", "allow_unverified"},  # the bundle knows which weights it came from
     "compare": set[str](),
+    "engines": _ENGINE_OPTIONS,
 }  # fmt: skip
 """Task -> options that mean something for it."""
 
@@ -773,6 +855,9 @@ Examples:
     lp-export --family liveportrait --flavor tensorrt8   (JetPack 5)
     lp-export --verify liveportrait-human-fp32
     lp-export --compare liveportrait-human-fp32
+    lp-export --family liveportrait --fp16 --engines     (and TensorRT engines for this GPU)
+    lp-export --engines liveportrait-human-fp16 --max-batch 4
+    lp-export --quantize liveportrait-human-fp32 --precision int8 --calibration faces -o portrait-int8
     lp-export --family mesh -o my_bundle && lp-run --demo --bundle my_bundle
 
 """
@@ -802,7 +887,17 @@ Examples:
     metavar="DIR",
     help="Folder with the official checkpoints (it contains liveportrait/).  [default: download them]",
 )
-@click.option("--fp16", is_flag=True, help="Half precision where it does no harm; for GPUs.")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "int8", "fp8"]),
+    help="Of the networks: fp32; fp16 where it does no harm, for GPUs; int8 or fp8 for the decoder's convolutions, which wants "
+    "--calibration (docs/precision.md).  [default: fp32; with --quantize: int8]",
+)
+@click.option(
+    "--fp16",
+    is_flag=True,
+    help="The same as --precision fp16; with int8 or fp8, for all but the 8-bit convolutions.",
+)
 @click.option(
     "--flavor",
     type=click.Choice(["main", "tensorrt8"]),
@@ -833,6 +928,102 @@ Examples:
     metavar="BUNDLE",
     help="Export nothing; run the bundle's networks with TensorRT, through Polygraphy, and compare with PyTorch.",
 )
+@click.option(
+    "--quantize",
+    type=click.Path(path_type=Path),
+    metavar="BUNDLE",
+    help="Export nothing; make an int8 or fp8 bundle of a finished one.",
+)
+@click.option(
+    "--reference",
+    type=click.Path(path_type=Path),
+    metavar="BUNDLE",
+    help="With --quantize of an fp16 bundle: the fp32 one of the same weights, to compare with.",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path, exists=True),
+    multiple=True,
+    metavar="PATH",
+    help="With int8 or fp8: a source picture, a driving clip or a folder of them; several times. They set the scales and judge "
+    "the result.",
+)
+@click.option(
+    "--calibration-method",
+    type=click.Choice(["max", "percentile", "entropy", "mse"]),
+    default="mse",
+    show_default=True,
+    help="With int8 or fp8: where activations are cut off.",
+)
+@click.option(
+    "--calibration-frames",
+    type=int,
+    default=16,
+    show_default=True,
+    help="With int8 or fp8: frames that set the scales.",
+)
+@click.option(
+    "--held-out-frames",
+    type=int,
+    default=8,
+    show_default=True,
+    help="With int8 or fp8: other frames, that judge.",
+)
+@click.option(
+    "--keep-float",
+    type=int,
+    default=None,
+    metavar="N",
+    help="With int8 or fp8: leave the N convolutions that cost most in floating point.  [default: as few as --min-psnr needs]",
+)
+@click.option(
+    "--min-psnr",
+    type=float,
+    default=35.0,
+    show_default=True,
+    metavar="DB",
+    help="With int8 or fp8: PSNR against fp32 that every held-out frame must reach.",
+)
+@click.option(
+    "--accept-quality", is_flag=True, help="With int8 or fp8: write the bundle below --min-psnr, too."
+)
+@click.option(
+    "--engines",
+    is_flag=False,
+    flag_value="",
+    metavar="[BUNDLE]",
+    help="Build TensorRT engines for the GPU of this machine: of what is exported, or of a finished BUNDLE (needs no PyTorch).",
+)
+@click.option("--device", type=int, default=0, show_default=True, help="With --engines: index of the GPU.")
+@click.option(
+    "--max-batch",
+    type=int,
+    default=0,
+    help="With --engines: largest batch that they take.  [default: 4 below 12 GiB of memory, else 8]",
+)
+@click.option(
+    "--workspace-mib",
+    type=int,
+    default=0,
+    help="With --engines: memory for tactics.  [default: TensorRT's own limit; Jetson: half of what is free]",
+)
+@click.option(
+    "--optimization-level",
+    type=int,
+    default=None,
+    help="With --engines: 0 (quick build) to 5 (thorough); TensorRT 8.6 and newer.  [default: TensorRT's own]",
+)
+@click.option(
+    "--hardware-compatible",
+    is_flag=True,
+    help="With --engines: for Ampere and newer instead of this GPU only; slower; TensorRT 8.6 and newer, no Jetson.",
+)
+@click.option(
+    "--timing-cache/--no-timing-cache",
+    default=True,
+    show_default=True,
+    help="With --engines: keep measured kernels for the next build.",
+)
 @common_options
 @click.pass_context
 def export(
@@ -841,6 +1032,7 @@ def export(
     output: Path | None,
     variant: str,
     weights: Path | None,
+    precision: str | None,
     fp16: bool,
     flavor: str,
     allow_unverified: bool,
@@ -848,6 +1040,22 @@ def export(
     endpoint: str | None,
     verify: Path | None,
     compare: Path | None,
+    quantize: Path | None,
+    reference: Path | None,
+    calibration: tuple[Path, ...],
+    calibration_method: str,
+    calibration_frames: int,
+    held_out_frames: int,
+    keep_float: int | None,
+    min_psnr: float,
+    accept_quality: bool,
+    engines: str | None,
+    device: int,
+    max_batch: int,
+    workspace_mib: int,
+    optimization_level: int | None,
+    hardware_compatible: bool,
+    timing_cache: bool,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -858,6 +1066,18 @@ def export(
     """
     task = _export_task(context)
     silent = quiet or as_json
+    if engines is not None:
+        from lp_edge.engines.trt_build import TensorRtConfig
+        from lp_edge.export.engines import check_machine
+
+        settings = TensorRtConfig(
+            max_batch=max_batch,
+            workspace_mib=workspace_mib,
+            optimization_level=optimization_level,
+            timing_cache=timing_cache,
+            hardware_compatibility=hardware_compatible,
+        )
+        check_machine(device)
 
     def report(line: str) -> None:
         if not silent:
@@ -872,28 +1092,51 @@ def export(
             result = _exporter("mesh.build").build(folder, report=report).as_dict()
         elif task == "liveportrait":
             exporter = _exporter("liveportrait.build")
-            precision = "fp16" if fp16 else "fp32"
-            folder = exporter.default_output(variant, precision, flavor) if output is None else output
-            with _download_progress(silent) as progress:
-                result = exporter.build(
+            eight = precision in ("int8", "fp8")
+            name = f"{precision}-fp16" if eight and fp16 else precision or ("fp16" if fp16 else "fp32")
+            folder = exporter.default_output(variant, name, flavor) if output is None else output
+            with _download_progress(silent) as download, _build_progress(silent, "") as progress:
+                options: dict[str, Any] = {
+                    "weights": weights,
+                    "variant": variant,
+                    "flavor": flavor,
+                    "allow_unverified": allow_unverified,
+                    "offline": offline,
+                    "endpoint": endpoint,
+                    "report": report,
+                    "progress": download,
+                }
+                if eight:
+                    made = _exporter("quantize.build").export_quantised(
+                        folder, half=fp16, tick=_tick(progress), **_quantize(context), **options
+                    )
+                else:
+                    made = exporter.build(folder, precision=name, **options)
+            result = made.as_dict()
+        elif task == "quantize":
+            bits = _exporter("quantize.build")
+            folder = output or Path(f"{quantize}-{precision or 'int8'}")
+            with _build_progress(silent, "") as progress:
+                result = bits.quantise(
+                    quantize,
                     folder,
-                    weights=weights,
-                    variant=variant,
-                    precision=precision,
-                    flavor=flavor,
-                    allow_unverified=allow_unverified,
-                    offline=offline,
-                    endpoint=endpoint,
+                    reference=reference,
                     report=report,
-                    progress=progress,
+                    tick=_tick(progress),
+                    **_quantize(context),
                 ).as_dict()
         elif task == "verify":
             folder = verify
             result = _exporter("verify").verify_bundle(folder, weights=weights, report=report)
-        else:
+        elif task == "compare":
             folder = compare
             result = _exporter("liveportrait.build").compare(folder, report=report).as_dict()
-    family = family or "liveportrait"  # what --compare takes; --verify tells it itself
+        else:
+            folder = Path(engines or "")
+            result = {}
+        if engines is not None and folder is not None:
+            result = {**result, **_engines(folder, settings, device, silent, exported=task != "engines")}
+    family = family or "liveportrait"  # what --compare takes; --verify and --engines tell it themselves
     _print_export(task, {"family": family, **result, "bundle": str(folder)}, as_json, quiet)
 
 
@@ -904,22 +1147,56 @@ def _export_task(context: click.Context) -> str:
         for name in context.params
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
     }
-    tasks = [name for name in ("family", "verify", "compare") if name in given]
+    bundle_for = {"verify", "compare", "quantize", *(["engines"] if context.params["engines"] else [])}
+    tasks = [
+        name
+        for name in ("family", "verify", "compare", "quantize", "engines")
+        if name in given & {"family", *bundle_for}
+    ]
     if len(tasks) != 1:
         raise ConfigError(
             " together with ".join(f"--{name}" for name in tasks) or "neither a family nor a bundle is given",
-            "expected one of --family, --verify and --compare",
-            "give the family to export, or the bundle to check",
+            "expected one of --family, --verify, --compare, --quantize and --engines BUNDLE",
+            "give the family to export (and --engines alone, for its engines), or the bundle to work on",
         )
     task: str = context.params["family"] if tasks == ["family"] else tasks[0]
     options = set[str]().union(*_EXPORT_OPTIONS.values())
-    for name in sorted(given & options - _EXPORT_OPTIONS[task]):
+    for name in sorted(given & options - _EXPORT_OPTIONS[task] - {task}):
         what = f"--family {task}" if tasks == ["family"] else f"--{task}"
         takes = (
             ", ".join(f"--{n.replace('_', '-')}" for n in sorted(_EXPORT_OPTIONS[task])) or "no such option"
         )
         raise ConfigError(
             f"--{name.replace('_', '-')} means nothing with {what}", f"it takes {takes}", "leave it out"
+        )
+    for name in sorted(given & _ENGINE_OPTIONS if "engines" not in given else ()):
+        raise ConfigError(
+            f"--{name.replace('_', '-')} without --engines", "expected both", "add --engines, or leave it out"
+        )
+    precision = context.params["precision"] or ("int8" if task == "quantize" else "fp32")
+    if task == "quantize" and precision not in ("int8", "fp8"):
+        raise ConfigError(
+            f"--quantize with --precision {precision}", "expected int8 or fp8", "choose one of them"
+        )
+    if precision == "fp32" and context.params["precision"] and context.params["fp16"]:
+        raise ConfigError("--precision fp32 together with --fp16", "expected one of them", "leave one out")
+    for name in sorted(given & _QUANTIZE_OPTIONS if precision not in ("int8", "fp8") else ()):
+        raise ConfigError(
+            f"--{name.replace('_', '-')} without 8 bits",
+            "expected --precision int8 or fp8",
+            "add it, or leave this out",
+        )
+    if precision in ("int8", "fp8") and not context.params["calibration"]:
+        raise ConfigError(
+            f"{precision} without --calibration",
+            "expected pictures and clips of faces: the scales of activations are measured on them",
+            "give --calibration, a folder of portraits and driving clips",
+        )
+    if task == "mesh" and "engines" in given and "output" not in given:
+        raise ConfigError(
+            "--engines for the bundle that ships with lp-edge, which keeps none",
+            "expected --output",
+            "give a folder, or let the first run with --backend tensorrt build them in your cache",
         )
     for name in ("offline", "endpoint"):
         if name in given and context.params["weights"] is not None:
@@ -931,6 +1208,64 @@ def _export_task(context: click.Context) -> str:
     if {"offline", "endpoint"} <= given:
         raise ConfigError("--offline together with --endpoint", "expected one of them", "leave one out")
     return task
+
+
+def _quantize(context: click.Context) -> dict[str, Any]:
+    """How to quantise and on what, of the command's options; ConfigError when a number is out of range."""
+    p = context.params
+    config = _exporter("quantize.build").QuantizeConfig(
+        precision=p["precision"] or "int8",
+        method=p["calibration_method"],
+        calibration_frames=p["calibration_frames"],
+        held_out_frames=p["held_out_frames"],
+        keep_float=p["keep_float"],
+        min_psnr=p["min_psnr"],
+        accept_quality=p["accept_quality"],
+    )
+    return {"config": config, "calibration": p["calibration"]}
+
+
+def _tick(progress: Callable[[BuildProgress], None] | None) -> Callable[[str, int, int], None]:
+    """Progress of quantising, shown as that of a build."""
+    from lp_edge.engines.trt_build import BuildProgress
+
+    def tick(stage: str, done: int, whole: int) -> None:
+        if progress is not None:
+            progress(BuildProgress(stage, f"{done} of {whole}", done / whole if whole else None))
+
+    return tick
+
+
+def _engines(
+    folder: Path, settings: TensorRtConfig, device: int, silent: bool, *, exported: bool
+) -> dict[str, Any]:
+    """Engines of a bundle, as the result tells them; a failure says that a bundle exported before is whole."""
+    from lp_edge.engines.bundle import open_bundle
+    from lp_edge.export.engines import build, device_graphs, engine_json, options_of
+
+    start = time.perf_counter()
+    bundle = open_bundle(folder)
+    try:
+        with _build_progress(silent) as progress:
+            graphs = device_graphs(settings)
+            entries = build(folder, config=settings, device=device, graphs=graphs, progress=progress)
+    except LpEdgeError as error:
+        if not exported:
+            raise
+        remedy = f"; then lp-export --engines {folder}" if not isinstance(error, Interrupted) else ""
+        raise type(error)(
+            f"{folder} is exported and complete, but without engines: {error.got}",
+            error.expected,
+            f"{error.remedy}{remedy}",
+        ) from error
+    told: dict[str, Any] = {
+        "engines": [engine_json(entry) for entry in entries],
+        "device_graphs": [path.stem for path in graphs],
+        "backend_options": {k: v for k, v in options_of(settings).items() if k != "timing_cache"},
+    }
+    if not exported:
+        told.update(family=bundle.manifest.family, networks=[], seconds=time.perf_counter() - start)
+    return told
 
 
 def _exporter(module: str) -> Any:
@@ -966,9 +1301,22 @@ def _print_export(task: str, result: dict[str, Any], as_json: bool, quiet: bool)
             f"{row['name']:28} {row['nodes']:5} nodes {row['size'] / 1e6:7.2f} MB  opset {row['opset']} "
             f" {row.get('precision', 'fp32')}  {row['seconds']:6.1f} s  parity: {parity}"
         )
+    for engine in result.get("engines", ()):
+        click.echo(
+            f"{engine['network']:28} {engine['size'] / 1e6:7.2f} MB  {engine['precision']}  engine for {engine['gpu']}, "
+            f"TensorRT {engine['tensorrt']}: {engine['file']}"
+        )
+    if "device_graphs" in result:
+        click.echo(f"engines in the user's cache: {', '.join(result['device_graphs'])}")
+        click.echo("run them with: --backend tensorrt")
     if "licence" in result:
         click.echo(f"licence: {result['licence']}")
-    done = {"verify": "verified", "compare": "compared with TensorRT"}.get(task, "made")
+    done = {
+        "verify": "verified",
+        "compare": "compared with TensorRT",
+        "engines": "engines built",
+        "quantize": "quantised",
+    }.get(task, "made")
     click.echo(
         f"{result['bundle']}: bundle of the family {result['family']}, {done} in {result['seconds']:.1f} s"
     )
@@ -1016,6 +1364,61 @@ def _download_progress(silent: bool) -> Iterator[Callable[[str, int, int | None]
         bar.update(tasks[name], completed=done)
         if done == whole:
             bar.stop()
+
+    try:
+        yield update
+    finally:
+        bar.stop()
+
+
+@contextlib.contextmanager
+def _build_progress(
+    silent: bool, what: str = "engine of "
+) -> Iterator[Callable[[BuildProgress], None] | None]:
+    """A bar per network with stage and share on a terminal, elsewhere a line per network and every few seconds.
+
+    ``what``: before the network's name in a line.
+    """
+    if silent:
+        yield None
+        return
+    if not sys.stderr.isatty():
+        network, last = "", time.monotonic()
+
+        def line(now: BuildProgress) -> None:
+            nonlocal network, last
+            if now.network != network or time.monotonic() - last >= _PLAIN_EVERY:
+                network, last = now.network, time.monotonic()
+                share = "" if now.fraction is None else f", {now.fraction:.0%}"
+                click.echo(f"lp-export: {what}{now.network}: {now.stage}{share}", err=True)
+
+        yield line
+        return
+
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[share]:>4}  {task.fields[stage]}"),
+        TimeElapsedColumn(),
+    )
+    bar = Bar(*columns, console=Console(stderr=True), transient=True)
+    tasks: dict[str, Any] = {}
+
+    def update(now: BuildProgress) -> None:
+        bar.start()  # not before: the bar of a download may have the terminal
+        if now.network not in tasks:
+            for done in tasks.values():
+                bar.update(done, total=1.0, completed=1.0, share="100%", stage="done")
+                bar.stop_task(done)
+            tasks[now.network] = bar.add_task(now.network, total=None, share="", stage="")
+        task = tasks[now.network]
+        if now.fraction is not None:
+            bar.update(task, total=1.0, completed=now.fraction, share=f"{now.fraction:.0%}")
+        bar.update(task, stage=now.stage[:60])
 
     try:
         yield update
@@ -1094,8 +1497,12 @@ def _print_report(report: Report) -> None:
             for c in report.components
         ],
     )
+    met = {"ok": True, "note": None, "warning": False, "error": False}
+    section("Requirements of GPU backends", [(met[r.severity], r.name, str(r)) for r in report.requirements])
     section("Backends", [(b.works, b.name, b.detail) for b in report.backends])
     section("Encoders", [(e.works, e.name, f"{e.use}: {e.detail}") for e in report.encoders])
+    there = bool(machine.gpus or machine.jetson)
+    section("Video", [(v.works or (False if there else None), v.name, v.detail) for v in report.video])
     section("Bundle", [(report.bundle.works, report.bundle.path, report.bundle.detail)])
     missing = report.missing()
     if missing:
@@ -1109,21 +1516,388 @@ def _print_report(report: Report) -> None:
 # -- lp-bench -----------------------------------------------------------------------------------------------
 
 
+class _Bench(GuardedGroup):
+    """Its ``--json`` names a file."""
+
+    json_errors = False
+
+
 @click.group(
-    cls=GuardedGroup,
+    cls=_Bench,
     name="lp-bench",
     epilog="""\b
 Examples:
     lp-bench run
     lp-bench run -s portrait.jpg -d driver.mp4 --warmup 20 > run.jsonl
     lp-bench warp --size 512 --batch 1 --batch 4
+    lp-bench networks --bundle liveportrait-human-fp16 --backend tensorrt --json networks.jsonl
+    lp-bench pipeline --bundle liveportrait-human-fp16 --both --batch 1,auto
+    lp-bench compare --b torch-eager --b torch-compile --weights pretrained_weights
+    lp-bench compare --a cuda:bundle16 --b cpu:bundle32 --network warp_decode
+    lp-bench soak --frames 10000
+    lp-bench jetson --bundle liveportrait-human-fp16 --markdown jetson.md
 
 """
     + _EXIT_CODES,
 )
 @click.version_option(package_name="lp-edge", message="lp-edge %(version)s")
 def bench() -> None:
-    """Measure lp-edge on this machine; prints JSON lines, each with its provenance."""
+    """Measure lp-edge on this machine; every record carries its provenance.
+
+    run and warp print JSON lines; the others print tables, and JSON lines where --json says.
+    """
+
+
+def _report_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(
+        (
+            click.option(
+                "--json",
+                "lines",
+                type=click.Path(path_type=Path, allow_dash=True),
+                metavar="FILE",
+                help="Write the records there, one JSON object a line; - = to standard output instead of the table.",
+            ),
+            click.option(
+                "--markdown",
+                type=click.Path(path_type=Path),
+                metavar="FILE",
+                help="Write the tables there.",
+            ),
+            click.option("-v", "--verbose", is_flag=True, help="Print what is done, and tracebacks."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def _report_records(
+    records: Iterable[dict[str, Any]],
+    tables: Callable[[list[dict[str, Any]]], Sequence[Table]],
+    lines: Path | None,
+    markdown: Path | None,
+) -> list[dict[str, Any]]:
+    """Write every record as it comes, at the end the tables."""
+    from lp_edge.runtime.bench_report import lines_to, write_markdown
+
+    kept = []
+    with lines_to(lines) as write:
+        for record in records:
+            write(record)
+            kept.append(record)
+    made = tables(kept)
+    if markdown is not None:
+        write_markdown(markdown, made)
+    if str(lines) != "-":
+        for table in made:
+            table.print()
+    return kept
+
+
+def _numbers(context: click.Context, parameter: click.Parameter, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise click.BadParameter(
+            f"{text!r} is no list of whole numbers such as 1,2,4", ctx=context, param=parameter
+        ) from error
+
+
+def _words(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[str, ...]:
+    return () if text is None else tuple(part.strip() for part in text.split(","))
+
+
+def _counter(needed: bool) -> Counter | None:
+    """What counts FLOPs and bytes of ONNX files; None, or an error where it is needed, without the package onnx."""
+    try:
+        return cast("Counter", _exporter("cost").file_cost)
+    except BackendUnavailable as error:
+        if needed:
+            raise BackendUnavailable(
+                f"counting FLOPs and bytes: {error.got}", error.expected, error.remedy
+            ) from error
+        return None
+
+
+_SECONDS = click.option("--seconds", type=float, default=1.0, show_default=True, help="Time per measurement.")
+_NETWORKS = click.option(
+    "--network",
+    "networks",
+    multiple=True,
+    metavar="NAME",
+    help="Network to measure; may be repeated.  [default: all]",
+)
+
+
+@bench.command("networks")
+@click.option(
+    "--batch",
+    "batches",
+    default="1,2,4,8",
+    show_default=True,
+    callback=_numbers,
+    metavar="N,N,…",
+    help="Rows per call.",
+)
+@_NETWORKS
+@_SECONDS
+@_backend_options
+@_report_options
+def bench_networks_command(
+    batches: tuple[int, ...],
+    networks: tuple[str, ...],
+    seconds: float,
+    bundle: Path | None,
+    backend: BackendConfig,
+    lines: Path | None,
+    markdown: Path | None,
+    verbose: bool,
+) -> None:
+    """Time each network alone, inputs and results on its device, against the card's peaks measured in the same run.
+
+    FLOPs and bytes are counted with the package onnx (pip install "lp-edge[export]"); without it those columns are left out.
+    """
+    from lp_edge.runtime.bench_networks import bench_networks, networks_table
+
+    with logging_to_console(False, verbose):
+        records = bench_networks(
+            bundle,
+            backend,
+            batches=batches,
+            networks=networks,
+            seconds=seconds,
+            counter=_counter(needed=False),
+        )
+        _report_records(records, lambda kept: [networks_table(kept)], lines, markdown)
+
+
+def _animation_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(
+        (
+            click.option(
+                "-s",
+                "--source",
+                metavar="FILE",
+                help="Picture or clip.  [default: the demo picture at 1280x720]",
+            ),
+            click.option(
+                "-d",
+                "--driving",
+                metavar="FILE|NAME",
+                help="Driver.  [default: the demo picture talking, a clip of 512x512]",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+@bench.command("pipeline")
+@_animation_options
+@click.option(
+    "--both",
+    is_flag=True,
+    help="Two runs: crops cut and pasted on the host, then on the device, whatever --pixels says.",
+)
+@click.option(
+    "--batch",
+    "batches",
+    callback=_words,
+    metavar="N|auto,…",
+    help="Frames drawn at once; one run each.  [default: auto]",
+)
+@click.option("--frames", type=int, default=None, help="Stop after so many frames.")
+@click.option("--warmup", type=int, default=10, show_default=True, help="Frames that are not counted.")
+@_backend_options
+@_report_options
+def bench_pipeline_command(
+    source: str | None,
+    driving: str | None,
+    both: bool,
+    batches: tuple[str, ...],
+    frames: int | None,
+    warmup: int,
+    bundle: Path | None,
+    backend: BackendConfig,
+    lines: Path | None,
+    markdown: Path | None,
+    verbose: bool,
+) -> None:
+    """Time a whole run per stage, and tell how much of a frame is not the networks' own time."""
+    from lp_edge.runtime.bench_pipeline import bench_pipeline, pipeline_table
+
+    sizes: list[int | None] = []
+    for word in batches or ("auto",):
+        if word != "auto" and not word.isdigit():
+            raise ConfigError(f"--batch {word}", "expected whole numbers or auto", "write --batch auto,1,4")
+        sizes.append(None if word == "auto" else int(word))
+    with logging_to_console(False, verbose):
+        records = bench_pipeline(
+            source,
+            driving,
+            bundle=bundle,
+            backend=backend,
+            pixels=("host", "device") if both else (),
+            batch_sizes=sizes,
+            warmup=warmup,
+            limit=frames,
+        )
+        _report_records(records, pipeline_table, lines, markdown)
+
+
+@bench.command("compare")
+@click.option(
+    "--a",
+    "ours",
+    metavar="BACKEND[:BUNDLE]",
+    help="First side.  [default: --backend and --bundle]",
+)
+@click.option(
+    "--b",
+    "others",
+    multiple=True,
+    metavar="BACKEND[:BUNDLE]",
+    help="Other side; may be repeated. Also torch-eager and torch-compile: LivePortrait's networks of --weights in PyTorch, in "
+    "float16 on a GPU.  [default: both of these]",
+)
+@click.option(
+    "--weights",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Checkpoints for PyTorch; need not be the official ones.",
+)
+@_NETWORKS
+@click.option(
+    "--batch",
+    "batches",
+    default="1",
+    show_default=True,
+    callback=_numbers,
+    metavar="N,N,…",
+    help="Rows per call.",
+)
+@click.option("--rounds", type=int, default=20, show_default=True, help="Rounds A B B A that are counted.")
+@click.option("--warmup", type=int, default=3, show_default=True, help="Rounds that are not counted.")
+@_backend_options
+@_report_options
+def bench_compare_command(
+    ours: str | None,
+    others: tuple[str, ...],
+    weights: Path | None,
+    networks: tuple[str, ...],
+    batches: tuple[int, ...],
+    rounds: int,
+    warmup: int,
+    bundle: Path | None,
+    backend: BackendConfig,
+    lines: Path | None,
+    markdown: Path | None,
+    verbose: bool,
+) -> None:
+    """Time two backends, bundles or PyTorch against each other: the same networks, in turns, in one process."""
+    from dataclasses import replace
+
+    from lp_edge.runtime.bench_compare import Side, bench_compare, compare_table, runner_side
+
+    def side(words: str) -> Side:
+        name, colon, folder = words.partition(":")
+        if not name.startswith("torch-"):
+            chosen = Path(folder) if colon else bundle
+            options = backend.provider_options if name == backend.backend else {}
+            return runner_side(chosen, replace(backend, backend=name, provider_options=options))
+        if weights is None:
+            raise ConfigError(
+                f"--b {words} without --weights", "expected checkpoints for PyTorch", "add --weights DIR"
+            )
+        torch_side: Side = _exporter("bench_torch").open_torch_side(
+            weights,
+            name.removeprefix("torch-"),
+            device=backend.device,
+            gpu=False if backend.backend == "cpu" else None,
+        )
+        return torch_side
+
+    with logging_to_console(False, verbose):
+        first = runner_side(bundle, backend) if ours is None else side(ours)
+        records = bench_compare(
+            first,
+            [side(words) for words in others or ("torch-eager", "torch-compile")],
+            networks=networks,
+            batches=batches,
+            rounds=rounds,
+            warmup=warmup,
+        )
+        _report_records(records, lambda kept: [compare_table(kept)], lines, markdown)
+
+
+@bench.command("soak")
+@_animation_options
+@click.option("--frames", type=int, default=10_000, show_default=True, help="Frames to draw.")
+@click.option("--samples", type=int, default=50, show_default=True, help="How often memory is looked at.")
+@_backend_options
+@_report_options
+def bench_soak_command(
+    source: str | None,
+    driving: str | None,
+    frames: int,
+    samples: int,
+    bundle: Path | None,
+    backend: BackendConfig,
+    lines: Path | None,
+    markdown: Path | None,
+    verbose: bool,
+) -> int:
+    """Draw many frames and tell whether memory, threads and descriptors stay level; exit code 1 if not."""
+    from lp_edge.runtime.bench_soak import bench_soak, soak_table
+
+    with logging_to_console(False, verbose):
+        records = bench_soak(
+            source,
+            driving,
+            bundle=bundle,
+            backend=backend,
+            frames=frames,
+            samples=samples,
+        )
+        kept = _report_records(records, lambda kept: [soak_table(kept)], lines, markdown)
+    return 0 if kept[-1]["passed"] else 1
+
+
+@bench.command("jetson")
+@click.option("--estimate", is_flag=True, help="The estimate, also on a Jetson.")
+@_SECONDS
+@_backend_options
+@_report_options
+def bench_jetson_command(
+    estimate: bool,
+    seconds: float,
+    bundle: Path | None,
+    backend: BackendConfig,
+    lines: Path | None,
+    markdown: Path | None,
+    verbose: bool,
+) -> None:
+    """Frames a second that the Orin modules can reach at most, estimated from counted work; on a Jetson: measured.
+
+    The estimate needs the package onnx (pip install "lp-edge[export]").
+    """
+    from lp_edge.runtime.bench_jetson import estimate_jetson, jetson_table
+    from lp_edge.runtime.bench_networks import bench_networks, networks_table
+    from lp_edge.runtime.doctor import examine_machine
+
+    with logging_to_console(False, verbose):
+        if examine_machine().jetson and not estimate:
+            measured = bench_networks(
+                bundle,
+                backend,
+                batches=(1,),
+                seconds=seconds,
+                counter=_counter(needed=False),
+            )
+            _report_records(measured, lambda kept: [networks_table(kept)], lines, markdown)
+            return
+        records = estimate_jetson(cast("Counter", _counter(needed=True)), bundle)
+        _report_records(records, lambda kept: [jetson_table(kept)], lines, markdown)
 
 
 @bench.command("run")
@@ -1148,9 +1922,7 @@ def bench_run(
     frames: int | None,
     warmup: int,
     bundle: Path | None,
-    backend: str,
-    device: int,
-    threads: int,
+    backend: BackendConfig,
     verbose: bool,
 ) -> None:
     """Time each stage and the whole run, encoding included: percentiles, frames a second, peak memory."""
@@ -1162,7 +1934,7 @@ def bench_run(
         driving,
         options=AnimateOptions(size=size),
         bundle=bundle,
-        backend=_backend(backend, device, threads),
+        backend=backend,
         warmup=warmup,
         limit=frames,
     )
@@ -1184,17 +1956,13 @@ def bench_warp(
     batches: tuple[int, ...],
     seconds: float,
     bundle: Path | None,
-    backend: str,
-    device: int,
-    threads: int,
+    backend: BackendConfig,
     verbose: bool,
 ) -> None:
     """Time the warp alone: frames a second per batch size."""
     from lp_edge.runtime.bench import bench_warp as measure
 
-    records = measure(
-        size, batches, seconds=seconds, bundle=bundle, backend=_backend(backend, device, threads)
-    )
+    records = measure(size, batches, seconds=seconds, bundle=bundle, backend=backend)
     with logging_to_console(False, verbose):
         for record in records:
             click.echo(json.dumps(record))

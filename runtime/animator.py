@@ -15,7 +15,7 @@ the ones before them are brought back. A family that has to see the whole of a s
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -31,13 +31,14 @@ from lp_edge.engines import names
 from lp_edge.engines.backends import BackendConfig, resolve_backend
 from lp_edge.engines.bundle import Bundle, open_bundle
 from lp_edge.errors import ConfigError, NoFaceError
-from lp_edge.runtime.batch_size import BatchTuner, candidates
+from lp_edge.runtime.batch_size import MAX_BATCH_SIZE, BatchTuner, candidates
 from lp_edge.runtime.cast import AnimatedFrame, Cast, DrawnFrame, Shot, Slots, too_many_drivers
 from lp_edge.runtime.driver import Driver, DriverFrame, Drivers, at_rate, decode, frame_rate
 from lp_edge.runtime.face_motion import Canonical
 from lp_edge.runtime.faces import DetectorConfig, Face, FaceDetector, FaceMeshNet, faces_policy
 from lp_edge.runtime.families import Wrap, half_the_cores, open_family, unwrapped
 from lp_edge.runtime.family import Family, Portrait
+from lp_edge.runtime.hardware_video import Video, VideoConfig
 from lp_edge.runtime.image import read_image
 from lp_edge.runtime.live import LiveAnimation, LivePuppet, LiveReader
 from lp_edge.runtime.media_read import probe, sniff_kind
@@ -55,9 +56,11 @@ U8 = npt.NDArray[np.uint8]
 Driving = str | Path | MotionTemplate | Driver | None
 """Anything that can drive: clip, picture, template (file, name or object), an open driver, or None for edits alone."""
 
+Batches = Generator[list[DrawnFrame], None, None]
+
 _QUEUE = 4
-# Batches that may be under way on the device or wait to be put together.
-_BATCHES = 2
+# Batches that wait on the device's side while one is put together. One more is begun meanwhile, so the device has two to work on.
+_BATCHES = 1
 
 
 @dataclass
@@ -99,10 +102,14 @@ class Animator:
     Args:
         bundle: folder of a bundle, an open bundle, or ``None`` for the built-in one.
         backend: which engine runs the networks; see :class:`lp_edge.engines.backends.BackendConfig`.
+        video: what decodes clips, on the GPU of the networks where it names none; None = ``auto``.
         face_models: folder with ``landmark.onnx`` and, if wanted, InsightFace's ``det_10g.onnx`` and ``2d106det.onnx``; the
             liveportrait family then cuts its crops as the reference does.
         wrap: takes every network as it is opened and gives what is called in its place
             (:meth:`lp_edge.engines.batching.DeviceWorker.wrap`).
+
+    Attributes:
+        video: decodes the clips of all animations, and may encode their results (:func:`lp_edge.runtime.media_write.open_writer`).
 
     Raises:
         BundleError: the bundle is incomplete or altered.
@@ -121,6 +128,7 @@ class Animator:
         bundle: str | Path | Bundle | None = None,
         *,
         backend: BackendConfig | None = None,
+        video: VideoConfig | None = None,
         face_models: str | Path | None = None,
         wrap: Wrap = unwrapped,
     ) -> None:
@@ -140,7 +148,8 @@ class Animator:
         self.finder = FaceFinder(FaceDetector(detector, DetectorConfig(score=0.4)), FaceMeshNet(mesh))
         self.canonical = Canonical.from_table(self.bundle.load_table("canonical"))
         self.backend = self.family.backend
-        self._drivers = Drivers(self.family, self.finder)
+        self.video = Video(video, accelerated=self.family.resident, device=config.device)
+        self._drivers = Drivers(self.family, self.finder, self.video)
         self._batch_size: int | None = None  # the one that an earlier animation found
 
     def __enter__(self) -> Animator:  # noqa: PYI034 - Self needs Python 3.11
@@ -226,10 +235,33 @@ class Animator:
         """
         return self._drivers.open(driving, options or AnimateOptions(), watch or Stopwatch())
 
-    def _tuner(self, size: int | None) -> BatchTuner:
+    def tuner(
+        self,
+        size: int | None = None,
+        *,
+        most: int = MAX_BATCH_SIZE,
+        hurried: Callable[[], bool] = lambda: False,
+    ) -> BatchTuner:
+        """How many frames are drawn at once, for :meth:`draw`.
+
+        Args:
+            size: frames, 1 to 64 or what the network takes; None = 1 on a CPU, where more are no faster, and on a device what
+                proves fastest over the first frames.
+            most: bound of what is found.
+            hurried: see :class:`BatchTuner`.
+
+        Raises:
+            ConfigError: ``size`` is out of range.
+        """
         family = self.family
-        known = size if size is not None else self._batch_size
-        return BatchTuner(candidates(known, family.resident, family.max_batch))
+        bound = min(most, family.max_batch or most)
+        if size is not None:
+            sizes = candidates(size, family.resident, family.max_batch)
+        elif self._batch_size is not None:
+            sizes = (min(self._batch_size, bound),)
+        else:
+            sizes = candidates(None, family.resident, bound)
+        return BatchTuner(sizes, hurried=hurried)
 
     # -- whole animations -----------------------------------------------------------------------------
 
@@ -258,8 +290,7 @@ class Animator:
             pixels: frames carry the driver's pictures. Without them a family that reads a driver as a whole first need not
                 decode it twice.
 
-            batch_size: frames that the network draws at once, 1 to 64; None = 1 on a CPU, where more are no faster, and on a
-                device what proves fastest over the first frames.
+            batch_size: frames that the network draws at once, see :meth:`tuner`.
 
         Returns:
             An :class:`Animation`; its frames are made while it is iterated.
@@ -268,7 +299,7 @@ class Animator:
             MediaError, NoFaceError, ConfigError: before the first frame where that can be known, otherwise from the iteration.
         """
         options, watch = options or AnimateOptions(), watch or Stopwatch()
-        tuner = self._tuner(batch_size)
+        tuner = self.tuner(batch_size)
         several: list[Driving] = list(driving) if isinstance(driving, (list, tuple)) else [driving]  # type: ignore[list-item]
         if not several:
             raise ConfigError("no driver", "expected one or more", "pass None to let edits alone act")
@@ -350,10 +381,23 @@ class Animator:
         size = (info.width, info.height) if options.paste_back else (self.family.crop_size(options),) * 2
         return Animation(fps, size, expected, False, self._drawn(cast, shots(), tuner, watch), watch, tuner)
 
-    def _drawn(
-        self, cast: Cast, shots: Generator[Shot, None, None], tuner: BatchTuner, watch: Stopwatch
-    ) -> Prefetch[AnimatedFrame]:
-        """Frames of the result; where a device draws, batches are begun in one thread and put together in another."""
+    def draw(
+        self,
+        cast: Cast,
+        shots: Generator[Shot, None, None],
+        tuner: BatchTuner,
+        watch: Stopwatch,
+        within: Callable[[Batches], Batches] = lambda batches: batches,
+    ) -> Generator[AnimatedFrame, None, None]:
+        """Draw shots; where a device draws, batches are begun in a thread of their own and put together in the caller's.
+
+        Args:
+            cast: who follows whom.
+            shots: what frames are made from; closed at the end.
+            tuner: how many are drawn at once, of :meth:`tuner`.
+            watch: see :meth:`Cast.begin`.
+            within: goes around that thread's work, which gives batches.
+        """
 
         def begun() -> Generator[list[DrawnFrame], None, None]:
             with closing(shots):
@@ -363,20 +407,23 @@ class Animator:
                     if tuner.chosen is None and all(frame.faces for frame in frames):
                         for frame in frames:
                             frame.finish()
-                        tuner.tell(len(frames), time.perf_counter() - started)
-                        self._batch_size = tuner.chosen
+                        faces = sum(frame.faces for frame in frames) / len(frames)
+                        tuner.tell(len(frames), (time.perf_counter() - started) / faces)
+                        self._batch_size = tuner.chosen or self._batch_size  # of another one at the same time
+                    batch.clear()  # what is under way needs its faces' features no longer
                     yield frames
 
-        def finished() -> Iterator[AnimatedFrame]:
-            # What the host draws is finished when it is begun: a second thread would only take turns with the first.
-            resident = self.family.resident
-            batches = prefetch(begun(), _BATCHES, "draw") if resident else begun()
-            with closing(batches):
-                for frames in batches:
-                    for frame in frames:
-                        yield frame.finish()
+        # What the host draws is finished when it is begun: a second thread would only take turns with the first.
+        batches = prefetch(within(begun()), _BATCHES, "draw") if self.family.resident else begun()
+        with closing(batches):
+            for frames in batches:
+                while frames:  # those that were handed on need not stay until the last of their batch is
+                    yield frames.pop(0).finish()
 
-        return prefetch(finished(), _QUEUE, "render")
+    def _drawn(
+        self, cast: Cast, shots: Generator[Shot, None, None], tuner: BatchTuner, watch: Stopwatch
+    ) -> Prefetch[AnimatedFrame]:
+        return prefetch(self.draw(cast, shots, tuner, watch), _QUEUE, "render")
 
     def _measures(
         self, path: Path, fps: Fraction, options: AnimateOptions, drivers: int, watch: Stopwatch
@@ -384,7 +431,7 @@ class Animator:
         """Time, picture and measured faces of every frame of a source clip."""
         slots = Slots(options.faces, drivers)
         tracker = self.tracker(smooth=options.smooth, max_faces=slots.max_faces)
-        with prefetch(decode(path, fps, watch), _QUEUE, "decode source") as frames:
+        with prefetch(decode(path, fps, watch, self.video), _QUEUE, "decode source") as frames:
             for when, rgb in frames:
                 with watch("source"):
                     faces = slots.assign(tracker.update(rgb, float(when)))
@@ -420,7 +467,7 @@ class Animator:
         slots = sorted({slot for found in measures for slot, _ in found})
         for slot in (s for s in slots if cast.driver_of(s) is not None):
             self._plan(slot, measures, fps, cast, length)
-        with prefetch(decode(path, fps, watch), _QUEUE, "decode source again") as frames:
+        with prefetch(decode(path, fps, watch, self.video), _QUEUE, "decode source again") as frames:
             for (when, rgb), found in zip(frames, measures, strict=True):
                 with watch("prepare"):
                     portraits = [

@@ -131,7 +131,7 @@ def run_batch(
     """Run all jobs with the networks of the first one's bundle.
 
     Args:
-        jobs: at least one; bundle, backend and face models are the first one's.
+        jobs: at least one; bundle, backend, video and face models are the first one's.
         folder: the output folder, which also gets the journal; made if its parent is there.
         resume: leave out jobs whose result is there and was made from the same inputs and options.
         progress: called before each job, after every frame and when a job has ended, in this thread.
@@ -161,7 +161,7 @@ def run_batch(
             motions: _Motions | None = None
             if None in entries:
                 animator = stack.enter_context(
-                    Animator(bundle, backend=first.backend, face_models=first.face_models)
+                    Animator(bundle, backend=first.backend, video=first.video, face_models=first.face_models)
                 )
                 waiting = [job.config for job, entry in zip(jobs, entries, strict=True) if entry is None]
                 motions = _Motions(animator, waiting)
@@ -279,6 +279,7 @@ class _Keys:
             __version__,
             sorted(bundle.hashes().items()),
             first.face_models and _identity(first.face_models),
+            first.video.encoder,  # decoders give the same frames
         ]
 
     def of(self, job: BatchJob) -> str:

@@ -7,8 +7,7 @@ animation runs: it tries one size after the other on the animation's own first f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from statistics import median
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from lp_edge.errors import ConfigError
@@ -19,8 +18,11 @@ MAX_BATCH_SIZE: Final = 64
 """Most frames that may be asked for."""
 
 _LARGEST: Final = 16  # to try unasked: the first frames of a clip wait for it
-_WARM: Final = 2  # calls of a new size that are not counted: the first prepares it, the second may record a CUDA graph
+# Calls of a new size that are not counted: the first prepares it, the second may record a CUDA graph.
+_WARM: Final = 2
 _COUNTED: Final = 3
+# Sizes beyond the best one that are tried: a single one may be slow for its kernels, or by chance.
+_PATIENCE: Final = 2
 _WORTH: Final = 0.97  # of the time per frame: what a larger batch must come down to, to be worth its latency
 
 
@@ -54,6 +56,7 @@ class BatchTuner:
 
     Args:
         sizes: to choose from, growing.
+        hurried: while it says so, frames are drawn one by one: others wait for the device.
 
     Example:
         >>> tuner = BatchTuner((1, 2, 4))
@@ -64,8 +67,8 @@ class BatchTuner:
         2
     """
 
-    def __init__(self, sizes: Sequence[int]) -> None:
-        self._sizes = tuple(sizes)
+    def __init__(self, sizes: Sequence[int], *, hurried: Callable[[], bool] = lambda: False) -> None:
+        self._sizes, self._hurried = tuple(sizes), hurried
         self._at = 0
         self._calls: list[float] = []
         self._per_frame: dict[int, float] = {}
@@ -74,6 +77,8 @@ class BatchTuner:
     @property
     def size(self) -> int:
         """How many frames the next batch should have."""
+        if self._hurried():
+            return 1
         return self._sizes[self._at] if self.chosen is None else self.chosen
 
     @property
@@ -82,18 +87,18 @@ class BatchTuner:
         return dict(self._per_frame)
 
     def tell(self, size: int, seconds: float) -> None:
-        """What a batch of :attr:`size` frames took from its beginning to its last pixel; other sizes are not counted."""
-        if self.chosen is not None or size != self.size:
+        """What a batch of :attr:`size` frames took from its beginning to its last pixel; other sizes, and hurried ones, are not counted."""
+        if self.chosen is not None or size != self._sizes[self._at] or self._hurried():
             return
         self._calls.append(seconds)
         if len(self._calls) < _WARM + _COUNTED:
             return
-        self._per_frame[size] = median(self._calls[_WARM:]) / size
+        # The fastest: whatever else the machine does only adds.
+        self._per_frame[size] = min(self._calls[_WARM:]) / size
         self._calls.clear()
         best = self._best()
         self._at += 1
-        # Past its best size a network only gets slower: going on would delay the clip.
-        if self._at == len(self._sizes) or size > best:
+        if self._at == len(self._sizes) or self._at > self._sizes.index(best) + _PATIENCE:
             self.chosen = best
 
     def _best(self) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import functools
+import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -12,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lp_edge.engines.device import rows
-from lp_edge.engines.runner import Array
-from lp_edge.errors import ConfigError, NoFaceError
+from lp_edge.errors import ConfigError, LimitError, NoFaceError
 from lp_edge.runtime.driver import Driver, DriverFrame
 from lp_edge.runtime.faces import Face, faces_policy, left_to_right
 from lp_edge.runtime.family import Family, Follower, Portrait
@@ -23,6 +23,8 @@ from lp_edge.runtime.pixels import Drawn, Rect
 from lp_edge.runtime.stopwatch import Stopwatch
 
 __all__ = ["AnimatedFrame", "Cast", "DrawnFrame", "Shot", "Slots", "too_many_drivers"]
+
+_LOG = logging.getLogger("lp_edge")
 
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
@@ -57,6 +59,7 @@ class Shot:
         when: its time in seconds.
         faces: its faces, each with its slot.
         steps: the drivers' steps.
+        watch: gets the stages of this frame alone; None = those of all frames go together.
     """
 
     index: int
@@ -64,48 +67,50 @@ class Shot:
     when: Fraction
     faces: Sequence[tuple[int, Portrait]]
     steps: Sequence[DriverFrame]
+    watch: Stopwatch | None = None
 
 
 class DrawnFrame:
     """A frame of the result, perhaps still being drawn on a device; made by :meth:`Cast.begin`."""
 
     def __init__(self, shot: Shot, watch: Stopwatch) -> None:
-        self._shot, self._watch = shot, watch
+        # Not the shot, which keeps its faces' features on the device until the frame is put together.
+        self._index, self._rgb, self._driver, self.watch = shot.index, shot.rgb, shot.steps[0], watch
         self._finished: AnimatedFrame | None = None
         self.faces = 0  # that move
-        self.drawn: list[Drawn] = []
+        self.drawn: dict[int, Drawn] = {}  # those, by layer from 0, the lowest
         self.alone: Callable[[], U8] | None = None  # the crop, where nothing is pasted back
 
     def finish(self) -> AnimatedFrame:
         """Wait for it and put it together; once, however often it is called."""
         if self._finished is None:
             self._finished = self._put_together()
-            self.drawn, self.alone = [], None
+            self.drawn, self.alone = {}, None
         return self._finished
 
     def _put_together(self) -> AnimatedFrame:
-        shot = self._shot
-        rgb = shot.rgb
+        rgb = self._rgb
         if self.alone is not None or self.drawn:
-            with self._watch("paste_back"):
+            with self.watch("paste_back"):
                 rgb = rgb.copy() if self.alone is None else self.alone()
-                for face in self.drawn:
+                for _, face in sorted(self.drawn.items()):
                     face.write(rgb)
-        return AnimatedFrame(shot.index, rgb, shot.rgb, shot.steps[0])
+        return AnimatedFrame(self._index, rgb, self._rgb, self._driver)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A face of a frame, composed; ``covered``: a face that is drawn before it overlaps it."""
+    """A face of a frame, composed; ``covers``: it overlaps one of a lower layer, and lies on top."""
 
     frame: DrawnFrame
+    layer: int
     portrait: Portrait
     kp_source: F32
     kp_driving: F32
-    covered: bool
+    covers: bool
 
     def goes_with(self, other: _Part) -> bool:
-        return self.portrait is other.portrait and self.covered == other.covered
+        return self.portrait is other.portrait and self.covers == other.covers
 
 
 class Cast:
@@ -128,6 +133,7 @@ class Cast:
         for slot in range(len(drivers)):
             self.follower(slot)  # so that an option that does not fit is told before any work
         self._last: Callable[[], U8] | None = None
+        self._most = family.max_batch  # faces that are drawn at once
 
     def driver_of(self, slot: int) -> int | None:
         """Index of the driver of the face in ``slot``; None when there is none."""
@@ -179,23 +185,20 @@ class Cast:
         Args:
             shots: the frames, in order.
             watch: gets the stages ``compose``, ``warp`` (on a device: what it takes to queue the work) and ``paste_back``
-                (there: with waiting for it), one sample a face or frame.
+                (there: with waiting for it), one sample a face or frame, of shots that have no watch of their own.
         """
-        frames = [DrawnFrame(shot, watch) for shot in shots]
+        frames = [DrawnFrame(shot, shot.watch or watch) for shot in shots]
         parts: list[_Part] = []
+        shown = self._last is not None
         for shot, frame in zip(shots, frames, strict=True):
-            parts += self._compose(shot, frame, watch)
+            parts += self._compose(shot, frame, shown)
+            shown = shown or frame.faces > 0 or frame.alone is not None
         for group in self._groups(parts):
-            with watch("warp", len(group)):
-                crops = self._family.render(
-                    [part.portrait for part in group],
-                    [part.kp_source for part in group],
-                    [part.kp_driving for part in group],
-                )
-                self._place(group, crops)
+            self._draw(group)
         if not self._options.paste_back:
             for frame in frames:
-                self._last = frame.alone = frame.alone or self._last or self._blank()
+                self._last = frame.alone or self._last
+                frame.alone = self._last or self._blank
         return frames
 
     def draw(
@@ -210,23 +213,23 @@ class Cast:
         """One frame of an animation; a face stays as it is while its driver shows none."""
         return self.begin([Shot(index, rgb, when, faces, steps)], watch)[0].finish()
 
-    def _compose(self, shot: Shot, frame: DrawnFrame, watch: Stopwatch) -> Iterator[_Part]:
-        """The faces of a frame that move."""
+    def _compose(self, shot: Shot, frame: DrawnFrame, shown: bool) -> Iterator[_Part]:
+        """The faces of a frame that move; ``shown``: there is a crop of a frame before it."""
         edits = self._options.edits_at(float(shot.when))
         taken: list[Rect] = []
         for slot, portrait in shot.faces:
             moves = self.motions(slot, shot.steps, portrait.motion)
             if moves is None:
-                if not self._options.paste_back and self._last is None and frame.alone is None:
+                if not (self._options.paste_back or shown or frame.faces or frame.alone):
                     still = self._family.still_crop(portrait)
-                    frame.alone = _rows(self._family.crops_alone(portrait, still, self._options), 1)[0]
+                    (frame.alone,) = self._family.crops_alone(portrait, still, self._options)
                 continue
-            with watch("compose"):
+            with frame.watch("compose"):
                 keypoints = self.follower(slot).keypoints(shot.index, portrait, *moves, edits)
-            covered = any(_overlap(portrait.place.rect, rect) for rect in taken)
+            covers = any(_overlap(portrait.place.rect, rect) for rect in taken)
             taken.append(portrait.place.rect)
+            yield _Part(frame, frame.faces, portrait, *keypoints, covers)
             frame.faces += 1
-            yield _Part(frame, portrait, *keypoints, covered)
 
     def _groups(self, parts: Sequence[_Part]) -> Iterator[list[_Part]]:
         """Parts that one call of the network draws: those of one portrait, or, where the family can, one of each of several.
@@ -239,12 +242,37 @@ class Cast:
         groups = [*by_portrait.values()]
         if self._family.mixes_portraits and all(len(group) == 1 for group in groups):
             groups = [[*parts]]
-        size = self._family.max_batch or max(1, len(parts))
+        size = self._most or max(1, len(parts))
         for group in groups:
             yield from (group[start : start + size] for start in range(0, len(group), size))
 
-    def _place(self, group: Sequence[_Part], crops: Array) -> None:
-        """Hand rows of drawn crops to their frames, in runs of one portrait."""
+    def _draw(self, group: Sequence[_Part]) -> None:
+        """Draw a group; in halves where there is no memory for it, and from then on none is as large."""
+        started = time.perf_counter()
+        try:
+            self._render(group)
+        except LimitError as error:
+            half = len(group) // 2
+            if not half:
+                raise
+            _LOG.warning("%d faces drawn at once: %s; from now on at most %d", len(group), error.got, half)
+            self._most = half
+        else:
+            share = (time.perf_counter() - started) / len(group)
+            for part in group:
+                part.frame.watch.add("warp", share)
+            return
+        # Not within the handler: the error keeps what the call held.
+        self._draw(group[:half])
+        self._draw(group[half:])
+
+    def _render(self, group: Sequence[_Part]) -> None:
+        """Let the network draw a group, and hand rows of its crops to their frames, in runs of one portrait."""
+        crops = self._family.render(
+            [part.portrait for part in group],
+            [part.kp_source for part in group],
+            [part.kp_driving for part in group],
+        )
         start = 0
         while start < len(group):
             first = group[start]
@@ -253,31 +281,20 @@ class Cast:
                 stop += 1
             run, mine = group[start:stop], rows(crops, start, stop)
             if self._options.paste_back:
-                placed = first.portrait.place.draw(mine, blend_on_host=first.covered)
+                placed = first.portrait.place.draw(mine, blend_on_host=first.covers)
                 for part, drawn in zip(run, placed, strict=True):
-                    part.frame.drawn.append(drawn)
+                    part.frame.drawn[part.layer] = drawn
             else:
                 alone = self._family.crops_alone(first.portrait, mine, self._options)
-                for part, row in zip(run, _rows(alone, len(run)), strict=True):
-                    part.frame.alone = row
+                for part, picture in zip(run, alone, strict=True):
+                    if part.layer == part.frame.faces - 1:  # where there are several faces, the uppermost
+                        part.frame.alone = picture
             start = stop
 
-    def _blank(self) -> Callable[[], U8]:
+    def _blank(self) -> U8:
         """Until the first face of a clip there is nothing to cut out."""
         size = self._family.crop_size(self._options)
-        return lambda: np.zeros((size, size, 3), np.uint8)
-
-
-def _rows(wait: Callable[[], U8], count: int) -> list[Callable[[], U8]]:
-    """The pictures of a batch that is waited for once."""
-    wait = functools.cache(wait)
-
-    def row(index: int) -> Callable[[], U8]:
-        return lambda: wait()[
-            index
-        ].copy()  # a view would keep the whole batch, perhaps in page-locked memory
-
-    return [row(index) for index in range(count)]
+        return np.zeros((size, size, 3), np.uint8)
 
 
 def _overlap(a: Rect, b: Rect) -> bool:

@@ -12,13 +12,15 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 
@@ -27,6 +29,7 @@ from lp_edge.engines.bundle import open_bundle
 from lp_edge.engines.ort import CUDA, import_onnxruntime
 from lp_edge.errors import LpEdgeError
 from lp_edge.runtime.families import open_family
+from lp_edge.runtime.requirements import Requirement, examine_requirements
 
 __all__ = [
     "BundleStatus",
@@ -36,11 +39,13 @@ __all__ = [
     "Machine",
     "Missing",
     "Report",
+    "VideoStatus",
     "examine",
     "examine_bundle",
     "examine_components",
     "examine_encoders",
     "examine_machine",
+    "examine_video",
     "lp_edge_version",
 ]
 
@@ -115,6 +120,27 @@ class EncoderStatus:
 
 
 @dataclass(frozen=True)
+class VideoStatus:
+    """Whether hardware decoded a clip as software does, or encoded a frame that software can decode.
+
+    Attributes:
+        name: decoder or encoder.
+        role: which of the two.
+        kind: its name for ``--decoder`` and ``--encoder``.
+        works: it was tried and did it.
+        detail: what it did, or why not.
+        remedy: what to do about it, or "".
+    """
+
+    name: str
+    role: Literal["decode", "encode"]
+    kind: str
+    works: bool
+    detail: str
+    remedy: str
+
+
+@dataclass(frozen=True)
 class BundleStatus:
     """Whether a bundle is whole and every network in it opens on the CPU."""
 
@@ -142,6 +168,8 @@ class Report:
     backends: tuple[BackendStatus, ...]
     encoders: tuple[EncoderStatus, ...]
     bundle: BundleStatus
+    requirements: tuple[Requirement, ...] = ()
+    video: tuple[VideoStatus, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -151,7 +179,7 @@ class Report:
     def missing(self) -> list[Missing]:
         """What is missing and how to get it, what is needed first.
 
-        A GPU backend counts as missing only where there is a GPU.
+        A GPU backend and video hardware count as missing only where there is a GPU; one way to use it is enough.
         """
         found = [
             Missing(c.problem or f"{c.name} is not installed ({c.use})", c.remedy, c.needed)
@@ -170,9 +198,27 @@ class Report:
             for e in self.encoders
             if not e.works
         ]
+        found += [
+            Missing(
+                f"{r.name}: {r.got}" + (f"; expected {r.expected}" if r.expected else ""), r.remedy, False
+            )
+            for r in self.requirements
+            if r.severity == "error"
+        ]
+        if gpu:
+            found += self._missing_video()
         if not self.bundle.works:
             found.append(Missing(self.bundle.detail, self.bundle.remedy, True))
         return sorted(found, key=lambda entry: not entry.needed)
+
+    def _missing_video(self) -> Iterator[Missing]:
+        wanted = "gstreamer" if self.machine.jetson else "nvidia"
+        for role in ("decode", "encode"):
+            tried = [v for v in self.video if v.role == role]
+            if tried and not any(v.works for v in tried):
+                ways = [v for v in tried if v.kind == wanted]
+                why = "; ".join(f"{v.name}: {v.detail}" for v in ways)
+                yield Missing(f"no hardware {role}s video ({why})", ways[0].remedy, False)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain containers for JSON, with ``ok`` and ``missing``."""
@@ -404,6 +450,81 @@ def examine_encoders() -> tuple[EncoderStatus, ...]:
     return tuple(statuses)
 
 
+# -- video ------------------------------------------------------------------------------------------
+
+_SIDE: Final = 256  # NVENC takes no pictures below about 145x49
+_VIDEO_REMEDIES: Final = {
+    "NVDEC through PyAV": "install the NVIDIA driver (a container needs NVIDIA_DRIVER_CAPABILITIES=compute,utility,video) and "
+    "PyAV 15 or later from PyPI",
+    "NVENC through PyAV": "install the NVIDIA driver, 570 or later (a container needs NVIDIA_DRIVER_CAPABILITIES=compute,"
+    "utility,video), and PyAV 15 or later from PyPI; a GPU without NVENC (A100, H100, H200) needs nothing: software encodes",
+    "NVDEC through PyNvVideoCodec": "pip install 'lp-edge[nvcodec]'; the driver must be 530 or later",
+    "NVENC through PyNvVideoCodec": "pip install 'lp-edge[nvcodec]'; the driver must be 530 or later, the GPU have NVENC",
+    "nvv4l2decoder through GStreamer": "sudo apt install gstreamer1.0-tools nvidia-l4t-gstreamer (Jetson only)",
+    "nvv4l2h264enc through GStreamer": "sudo apt install gstreamer1.0-tools nvidia-l4t-gstreamer (Jetson only); Orin Nano has "
+    "no NVENC and needs nothing: software encodes",
+}
+
+
+def _test_clip(folder: Path) -> Path:
+    """Half a second of moving colours with B pictures, written in software."""
+    from lp_edge.runtime.media_write import open_writer
+
+    path = folder / "test.mp4"
+    if path.exists():
+        return path
+    y, x = np.mgrid[:_SIDE, :_SIDE]
+    with open_writer(path, (_SIDE, _SIDE), 25) as writer:
+        for index in range(12):
+            waves = [
+                np.sin((x + 5 * index) / 23),
+                np.cos((y - 3 * index) / 17),
+                np.sin((x + y) / 31 + index / 5),
+            ]
+            writer.write((np.stack(waves, axis=-1) * 100 + 128).astype(np.uint8))
+    return path
+
+
+def examine_video(device: int = 0) -> tuple[VideoStatus, ...]:
+    """Decode a clip and encode a frame with all hardware that lp-edge can use; takes about a second.
+
+    Args:
+        device: index of the GPU.
+
+    Returns:
+        One entry for each decoder and encoder; none where PyAV cannot be imported.
+    """
+    try:
+        from lp_edge.runtime import hardware_video
+    except Exception:  # noqa: BLE001 - a broken native library raises anything; the components tell of it
+        return ()
+    statuses: list[VideoStatus] = []
+
+    def tried(name: str, role: Literal["decode", "encode"], kind: str, attempt: Callable[[], str]) -> None:
+        try:
+            status = VideoStatus(name, role, kind, True, attempt(), "")
+        except LpEdgeError as error:
+            status = VideoStatus(name, role, kind, False, error.got, _VIDEO_REMEDIES[name])
+        statuses.append(status)
+
+    def decode(decoder: hardware_video.Decoder) -> str:
+        count = hardware_video.try_decoder(decoder, _test_clip(Path(folder)), device)
+        return f"decoded {count} frames as software does"
+
+    def encode(encoder: hardware_video.Encoder) -> str:
+        size = len(
+            hardware_video.try_encoder(encoder, (_SIDE, _SIDE), Fraction(25), 18, device, explain=True)
+        )
+        return f"encoded a frame into {size} bytes"
+
+    with tempfile.TemporaryDirectory(prefix="lp-doctor-") as folder:
+        for decoder in hardware_video.DECODERS:
+            tried(decoder.name, "decode", decoder.kind, partial(decode, decoder))
+    for encoder in hardware_video.ENCODERS:
+        tried(encoder.name, "encode", encoder.kind, partial(encode, encoder))
+    return tuple(statuses)
+
+
 # -- bundle -----------------------------------------------------------------------------------------
 
 
@@ -432,10 +553,13 @@ def examine(bundle: Path | None = None) -> Report:
     Args:
         bundle: folder of the bundle to verify; None = the built-in one.
     """
+    machine = examine_machine()
     return Report(
         components=examine_components(),
-        machine=examine_machine(),
+        machine=machine,
         backends=tuple(available_backends()),
         encoders=examine_encoders(),
         bundle=examine_bundle(bundle),
+        requirements=examine_requirements(machine),
+        video=examine_video(),
     )

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from lp_edge.errors import ConfigError, MediaError, NoFaceError
 from lp_edge.runtime.family import DriverKind, Family
+from lp_edge.runtime.hardware_video import Video
 from lp_edge.runtime.image import read_image
 from lp_edge.runtime.media_read import MediaInfo, VideoReader, probe, resample, sniff_kind
 from lp_edge.runtime.motion import Motion
@@ -117,10 +118,11 @@ class Drivers:
     Args:
         family: reads the motion.
         finder: finds the faces.
+        video: decodes their clips.
     """
 
-    def __init__(self, family: Family[Any], finder: FaceFinder) -> None:
-        self._family, self._finder = family, finder
+    def __init__(self, family: Family[Any], finder: FaceFinder, video: Video) -> None:
+        self._family, self._finder, self._video = family, finder, video
 
     def open(
         self, driving: str | Path | MotionTemplate | Driver | None, options: AnimateOptions, watch: Stopwatch
@@ -208,7 +210,7 @@ class Drivers:
             neutral = step.motion
 
         def pictures() -> Iterator[U8]:
-            return (rgb for _, rgb in decode(path, fps, watch))
+            return (rgb for _, rgb in decode(path, fps, watch, self._video))
 
         return Driver(path.name, "video", fps, info.frames, neutral, False, start, pictures)
 
@@ -218,7 +220,7 @@ class Drivers:
         """Time, picture, state and reading of every frame; the reading is None where no face is seen."""
         tracker = self._finder.tracker(smooth=options.smooth)
         any_face, seen = False, 0
-        with prefetch(decode(path, fps, watch), _QUEUE, "decode driving") as frames:
+        with prefetch(decode(path, fps, watch, self._video), _QUEUE, "decode driving") as frames:
             for when, rgb in frames:
                 with watch("track"):
                     face = next(iter(tracker.update(rgb, float(when))), None)
@@ -257,7 +259,7 @@ class Drivers:
         with closing(self._readings(path, fps, options, watch)) as found:
             notes = [(state, reading) for _, _, state, reading in found]
         box = self._family.common_box([reading for _, reading in notes if reading is not None])
-        with prefetch(decode(path, fps, watch), _QUEUE, "decode driving again") as frames:
+        with prefetch(decode(path, fps, watch, self._video), _QUEUE, "decode driving again") as frames:
             steps = (
                 (when, rgb, state, reading)
                 for (when, rgb), (state, reading) in zip(frames, notes, strict=True)
@@ -308,9 +310,9 @@ def at_rate(driver: Driver, fps: Fraction) -> Generator[DriverFrame, None, None]
             current = following
 
 
-def decode(path: Path, fps: Fraction, watch: Stopwatch) -> Iterator[tuple[Fraction, U8]]:
+def decode(path: Path, fps: Fraction, watch: Stopwatch, video: Video) -> Iterator[tuple[Fraction, U8]]:
     """Frames of a clip at a constant rate, with their times."""
-    with VideoReader(path) as reader:
+    with VideoReader(path, video=video) as reader:
         start = time.perf_counter()
         for frame in resample(reader, fps):
             watch.add("decode", time.perf_counter() - start)

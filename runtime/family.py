@@ -78,7 +78,7 @@ class Follower(ABC, Generic[P]):
 
 
 class Family(ABC, Generic[P]):
-    """Adapter of one family of networks; works on one face of one frame at a time.
+    """Adapter of one family of networks; draws several frames at once, and does all else for one face of one frame.
 
     Attributes:
         name: as in the manifest of its bundles.
@@ -176,8 +176,8 @@ class Family(ABC, Generic[P]):
         """Side in pixels of the square result where nothing is pasted back."""
 
     @abstractmethod
-    def crops_alone(self, portrait: P, crops: Array, options: AnimateOptions) -> Callable[[], U8]:
-        """Those results for crops of one portrait: a function that waits for them and returns uint8 ``[N, S, S, 3]``."""
+    def crops_alone(self, portrait: P, crops: Array, options: AnimateOptions) -> list[Callable[[], U8]]:
+        """Those results for N crops of one portrait: functions that wait for one each, and return uint8 ``[S, S, 3]``."""
 
     @abstractmethod
     def still_crop(self, portrait: P) -> Array:

@@ -28,6 +28,7 @@ from lp_edge.engines.backends import BackendConfig
 from lp_edge.errors import ConfigError, Interrupted, MediaError, NoFaceError
 from lp_edge.runtime.animator import AnimatedFrame, Animation, Animator
 from lp_edge.runtime.driver import Driver
+from lp_edge.runtime.hardware_video import Video, VideoConfig
 from lp_edge.runtime.image import MAX_SIDE, create_beside
 from lp_edge.runtime.media_read import probe, sniff_kind
 from lp_edge.runtime.media_write import FrameWriter, OutputKind, check_output, open_writer
@@ -84,6 +85,8 @@ class RunConfig:
         crf: quality of H.264 and VP9, 0 (best) to 51; None = 18 and 30.
         overwrite: replace what is at ``output`` (and ``save_motion``).
         face_models: folder of the user's own face models, see :class:`lp_edge.runtime.animator.Animator`.
+        batch_size: frames that the network draws at once; see :meth:`lp_edge.runtime.animator.Animator.animate`.
+        video: what decodes the clips and encodes the result; ``auto`` tries hardware where frames stay on the device.
 
     Raises:
         ConfigError: ``audio`` or ``crf`` is out of range.
@@ -101,6 +104,8 @@ class RunConfig:
     crf: int | None = None
     overwrite: bool = True
     face_models: str | Path | None = None
+    batch_size: int | None = None
+    video: VideoConfig = field(default_factory=VideoConfig)
 
     def __post_init__(self) -> None:
         if self.audio not in AUDIO_SOURCES:
@@ -178,6 +183,10 @@ class RunResult:
             ``edit``.
         stages: time per stage; stages run at the same time, so they do not add up to ``seconds``.
         backend: backend that ran the networks.
+        pixels: ``device`` where crops were cut and pasted on it, else ``host``.
+        batch_size: frames that the network drew at once, at the end.
+        decoder: what decoded the clips, in words; software with the reason where hardware was tried in vain; "" without a clip.
+        encoder: what encoded the result, likewise; "" where it is no clip.
         warnings: what the user should know.
     """
 
@@ -191,6 +200,10 @@ class RunResult:
     faces: Mapping[str, int]
     stages: Mapping[str, StageTime]
     backend: str
+    pixels: Literal["host", "device"]
+    batch_size: int
+    decoder: str
+    encoder: str
     warnings: tuple[str, ...]
 
 
@@ -251,7 +264,8 @@ def run_job(
     Args:
         config: the run.
         progress: called after every frame, in this thread.
-        animator: networks to use instead of opening those of ``config.bundle``; left open.
+        animator: networks to use instead of opening those of ``config.bundle``; left open. Its backend and its ``video`` count,
+            not those of ``config``.
         drivers: ``config.drivers`` already opened by that animator, in the same order.
 
     Raises:
@@ -274,7 +288,12 @@ def run_job(
         with ExitStack() as stack:
             if animator is None:
                 animator = stack.enter_context(
-                    Animator(config.bundle, backend=config.backend, face_models=config.face_models)
+                    Animator(
+                        config.bundle,
+                        backend=config.backend,
+                        video=config.video,
+                        face_models=config.face_models,
+                    )
                 )
             watch = Stopwatch()
             loaded = [_loaded(d, animator) for d in config.drivers]
@@ -282,7 +301,12 @@ def run_job(
                 wanted: list[DriverInput | None] = [*loaded] or [None]
                 drivers = [animator.open_driver(d, config.options, watch) for d in wanted]
             animation = animator.animate(
-                config.source, list(drivers), config.options, watch=watch, pixels=config.side_by_side
+                config.source,
+                list(drivers),
+                config.options,
+                watch=watch,
+                pixels=config.side_by_side,
+                batch_size=config.batch_size,
             )
             with closing(animation):
                 _check_kind(kind, animation, output)
@@ -290,23 +314,29 @@ def run_job(
                 if motion_path is not None:
                     recorder = _Recorder(config, animator, loaded[0], animation, motion_path)
                 first = time.perf_counter()
-                frames, size, warnings = _write(config, target, animation, recorder, progress, first)
+                writer, warnings = _write(
+                    config, target, animation, animator.video, recorder, progress, first
+                )
                 ended = time.perf_counter()
-            backend = animator.backend
+            family, video = animator.family, animator.video
     except KeyboardInterrupt as stop:
         raise Interrupted("the run was stopped", "nothing was written", "") from stop
     counts = dict(animation.counts)
     return RunResult(
         output=output,
         motion=motion_path,
-        frames=frames,
-        size=size,
+        frames=writer.frames,
+        size=writer.size,
         frame_rate=animation.fps,
         seconds=round(ended - started, 3),
-        fps=round(frames / max(ended - first, 1e-9), 2),
+        fps=round(writer.frames / max(ended - first, 1e-9), 2),
         faces=counts,
         stages={name: percentiles(list(times)) for name, times in watch.seconds.items() if times},
-        backend=backend,
+        backend=family.backend,
+        pixels="device" if family.resident else "host",
+        batch_size=animation.batches.size,
+        decoder=video.decoder_of(_files(config)),
+        encoder=writer.encoder,
         warnings=(*warnings, *_face_warnings(counts)),
     )
 
@@ -323,6 +353,8 @@ def animate(
     side_by_side: bool = False,
     save_motion: str | Path | None = None,
     face_models: str | Path | None = None,
+    batch_size: int | None = None,
+    video: VideoConfig | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> RunResult:
     """Animate ``source`` with ``driving`` and write the result: :func:`run_job` in one call.
@@ -344,6 +376,8 @@ def animate(
         side_by_side,
         save_motion,
         face_models=face_models,
+        batch_size=batch_size,
+        video=video or VideoConfig(),
     )
     return run_job(config, progress)
 
@@ -399,11 +433,14 @@ def _check_motion_path(config: RunConfig) -> Path | None:
     return path
 
 
+def _files(config: RunConfig) -> list[str | Path]:
+    """Source and drivers that are files, or names of built-in templates."""
+    return [what for what in (config.source, *config.drivers) if not isinstance(what, MotionTemplate)]
+
+
 def _keep_inputs(config: RunConfig, output: Path, motion: Path | None) -> None:
     """Refuse to write over an input."""
-    for what in (config.source, *config.drivers):
-        if isinstance(what, MotionTemplate):
-            continue
+    for what in _files(config):
         for target in (output, motion):
             if target is not None and Path(what).exists() and target.exists() and target.samefile(what):
                 raise ConfigError(
@@ -429,11 +466,12 @@ def _write(
     config: RunConfig,
     target: str | Path,
     animation: Animation,
+    video: Video,
     recorder: _Recorder | None,
     progress: Callable[[Progress], None] | None,
     started: float,
-) -> tuple[int, tuple[int, int], list[str]]:
-    """Write all frames; returns their number, their size and warnings."""
+) -> tuple[FrameWriter, list[str]]:
+    """Write all frames; returns the writer, closed, and warnings."""
     sound, warnings = _sound(config, Path(target))
     writer: FrameWriter | None = None
     try:
@@ -442,7 +480,13 @@ def _write(
             if writer is None:
                 size = (rgb.shape[1], rgb.shape[0])
                 writer = open_writer(
-                    target, size, animation.fps, audio_from=sound, crf=config.crf, overwrite=config.overwrite
+                    target,
+                    size,
+                    animation.fps,
+                    audio_from=sound,
+                    crf=config.crf,
+                    overwrite=config.overwrite,
+                    video=video,
                 )
             with animation.watch("encode"):
                 writer.write(rgb)
@@ -471,7 +515,7 @@ def _write(
         if recorder is not None:
             recorder.discard()
         raise
-    return writer.frames, writer.size, warnings
+    return writer, warnings
 
 
 def _sound(config: RunConfig, output: Path) -> tuple[Path | None, list[str]]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lp_edge.runtime.cast import AnimatedFrame, Cast
+from lp_edge.runtime.cast import AnimatedFrame, Cast, DrawnFrame, Shot
 from lp_edge.runtime.driver import Driver, DriverFrame
 from lp_edge.runtime.family import Family, Portrait
 from lp_edge.runtime.motion import Motion
@@ -123,11 +123,18 @@ class LivePuppet:
         """From now on ``motion`` stands for "no motion"; None = that of the next step that has one."""
         self._cast = self._new_cast(self._options, motion)
 
-    def draw(self, step: DriverFrame, watch: Stopwatch) -> AnimatedFrame:
-        """The frame that answers a step; ``watch`` gets the stages ``compose``, ``warp`` and ``paste_back``."""
-        frame = self._cast.draw(self._index, self._rgb, step.time, self._portraits, [step], watch)
+    def begin(self, step: DriverFrame, watch: Stopwatch) -> DrawnFrame:
+        """Start to draw the frame that answers a step; ``watch`` gets the stages ``compose``, ``warp`` and ``paste_back``.
+
+        On a device the next one may be begun before this one is finished.
+        """
+        shot = Shot(self._index, self._rgb, step.time, self._portraits, [step])
         self._index += 1
-        return frame
+        return self._cast.begin([shot], watch)[0]
+
+    def draw(self, step: DriverFrame, watch: Stopwatch) -> AnimatedFrame:
+        """:meth:`begin`, and the frame when it is finished."""
+        return self.begin(step, watch).finish()
 
 
 class LiveAnimation:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -18,7 +19,7 @@ import numpy.typing as npt
 from lp_edge.engines import names
 from lp_edge.engines.backends import BackendConfig
 from lp_edge.engines.bundle import Bundle
-from lp_edge.engines.runner import Array, Runner, fetch, to_host
+from lp_edge.engines.runner import Array, Runner, to_host
 from lp_edge.runtime.crop import (
     CROP_SIZE,
     INPUT_SIZE,
@@ -46,7 +47,7 @@ from lp_edge.runtime.liveportrait_motion import (
 from lp_edge.runtime.motion import Motion
 from lp_edge.runtime.options import AnimateOptions
 from lp_edge.runtime.paste_back import resized_to_frame
-from lp_edge.runtime.pixels import Pixels
+from lp_edge.runtime.pixels import Download, Pixels
 from lp_edge.runtime.templates import MotionTemplate, load_template
 
 __all__ = ["LivePortraitFamily", "LivePortraitNetworks", "LivePortraitPortrait", "open_liveportrait"]
@@ -261,9 +262,10 @@ class LivePortraitFamily(Family[LivePortraitPortrait]):
 
     def crops_alone(
         self, portrait: LivePortraitPortrait, crops: Array, options: AnimateOptions
-    ) -> Callable[[], U8]:
+    ) -> list[Callable[[], U8]]:
         """The crops themselves."""
-        return fetch(self._pixels.resize(crops, self.crop_size(options)))
+        download = Download(self._pixels.resize(crops, self.crop_size(options)))
+        return [partial(download.picture, row) for row in range(crops.shape[0])]
 
     def still_crop(self, portrait: LivePortraitPortrait) -> Array:
         """The source's 512x512 crop."""

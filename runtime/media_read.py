@@ -5,6 +5,9 @@ made square, transparency is laid over white, and YUV is converted with the clip
 (untagged: BT.709 from 720 lines on, BT.601 below, as players do). One frame is in memory at a time, besides
 the few that the decoder's threads hold.
 
+The first frame is always decoded in software. Hardware may take over from there where it gives the same first frame
+(:mod:`lp_edge.runtime.hardware_video`); everything after decoding is the same code.
+
 A clip that was cut off is refused before any work is done where the container tells (MP4, MOV, Matroska,
 WebM, AVI), otherwise when decoding meets the cut.
 """
@@ -14,13 +17,13 @@ from __future__ import annotations
 import logging
 import os
 import struct
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import av
 import av.container
@@ -39,13 +42,18 @@ from lp_edge.runtime.image import (
     read_bytes,
 )
 
+if TYPE_CHECKING:
+    from lp_edge.runtime.hardware_video import Video
+
 __all__ = [
     "CLIP_SUFFIXES",
+    "MOST_APART",
     "TEMPLATE_SUFFIXES",
     "Frame",
     "MediaInfo",
     "VideoReader",
     "probe",
+    "repacked",
     "resample",
     "sniff_kind",
 ]
@@ -62,10 +70,14 @@ TEMPLATE_SUFFIXES = (".npz", ".pkl")
 
 MAX_CLIP_PIXELS = 40_000_000
 """Most pixels a frame of a clip may have (8K is 33 million)."""
+MOST_APART = 2
+"""Levels by which a frame that hardware decoded may differ from software's."""
 _MIN_SIDE = 16
 _FALLBACK_RATE = Fraction(25)
 _MAX_RATE = 1000
 _MAX_THREADS = 4
+# What NVDEC's surfaces hold, and the planes that software decoders give for the same stream.
+_REPACKED = {"nv12": "yuv420p", "p010le": "yuv420p10le", "nv16": "yuv422p", "p210le": "yuv422p10le"}
 _ATTACHED_PICTURE = 0x400  # AV_DISPOSITION_ATTACHED_PIC
 
 # Formats that hold pictures and sound only: a play list or a concat script would open other files.
@@ -204,7 +216,8 @@ class VideoReader(Iterator[Frame]):
         max_pixels: most pixels a frame may have; checked before anything is decoded.
         threads: decoder threads; 0 takes one per core, up to four (every thread holds a frame).
         allow_truncated: deliver what can be read of a clip that was cut off, with a warning in the log,
-            instead of raising.
+            instead of raising. A decoder of hardware that fails is an error all the same.
+        video: what may decode; None = software.
 
     Attributes:
         info: :class:`MediaInfo`, known as soon as the reader exists: the first frame is decoded by then.
@@ -212,6 +225,7 @@ class VideoReader(Iterator[Frame]):
     Raises:
         MediaError: no such file, a folder, empty, unreadable, no clip, sound only, no frame, out of bounds,
             cut off or damaged; from the constructor where that can be known, otherwise from ``next``.
+        BackendUnavailable: the decoder that ``video`` names does not work for this clip; from the constructor.
 
     Use it as a context manager; it is its own iterator and runs once.
     """
@@ -223,6 +237,7 @@ class VideoReader(Iterator[Frame]):
         max_pixels: int = MAX_CLIP_PIXELS,
         threads: int = 0,
         allow_truncated: bool = False,
+        video: Video | None = None,
     ) -> None:
         if threads < 0:
             raise ConfigError(f"{threads} decoder threads", "expected 0 (automatic) or more")
@@ -230,6 +245,7 @@ class VideoReader(Iterator[Frame]):
         self._max_pixels = max_pixels
         self._allow_truncated = allow_truncated
         self._container: av.container.InputContainer | None = None
+        self._hardware = ""  # the name of what decodes instead of software
         self._count = 0
         self._last = Fraction(0)
         check_input_file(self.path)
@@ -248,11 +264,13 @@ class VideoReader(Iterator[Frame]):
                 _log.warning("%s is cut off: %s", self.path.name, cut)
             context.thread_type = "AUTO"
             # Frames may grow in mid-stream: the decoder refuses them before it allocates (with room for its alignment).
-            context.options = {**context.options, "max_pixels": str(max_pixels + (1 << 20))}
+            self._options = {**context.options, "max_pixels": str(max_pixels + (1 << 20))}
+            context.options = dict(self._options)  # opening empties it
             context.thread_count = threads or min(os.cpu_count() or 1, _MAX_THREADS)
             self._time_base = self._stream.time_base or Fraction(1, 1000)
             self._rate = _frame_rate(self._stream)
             self._reformatter: Any = av.video.reformatter.VideoReformatter()
+            self._packing: Any = av.video.reformatter.VideoReformatter()
             self._frames = self._decode()
             first = next(self._frames, None)
             if first is None:
@@ -268,6 +286,8 @@ class VideoReader(Iterator[Frame]):
             self._alpha = any(component.is_alpha for component in first.format.components)
             self._pending: av.VideoFrame | None = first
             self.info = self._info()
+            if video is not None:
+                self._offer(video, first)
         except av.error.FFmpegError as error:
             self.close()
             raise no_clip(self.path, error, cut) from error
@@ -325,7 +345,7 @@ class VideoReader(Iterator[Frame]):
             self._turn[0] * 90,
         )
 
-    def _decode(self) -> Iterator[av.VideoFrame]:
+    def _decode(self) -> Generator[av.VideoFrame, None, None]:
         """Decoded frames; turns FFmpeg's errors into MediaError with the number of frames that were read."""
         container = self._opened()
         decoded = 0
@@ -346,6 +366,52 @@ class VideoReader(Iterator[Frame]):
             if not self._allow_truncated:
                 raise self._truncated(decoded, str(error.strerror or error)) from error
             _log.warning("%s is damaged after %d frames: %s", self.path.name, decoded, error.strerror)
+
+    def _offer(self, video: Video, first: av.VideoFrame) -> None:
+        """Let hardware decode the clip from its first frame on, where it gives that frame as software does."""
+        from lp_edge.runtime.hardware_video import Clip
+
+        wanted = self._to_rgb(first).astype(np.int16)
+
+        def accept(frame: av.VideoFrame) -> str:
+            if self._alpha:
+                return "hardware decodes no transparency"
+            if (frame.width, frame.height) != (first.width, first.height):
+                return f"its frames are {frame.width}x{frame.height}, not {first.width}x{first.height}"
+            if frame.pts != first.pts:
+                return f"its first frame is that of time stamp {frame.pts}, not {first.pts}"
+            apart = int(np.abs(self._to_rgb(frame) - wanted).max())
+            return f"its first frame differs by {apart} levels" if apart > MOST_APART else ""
+
+        chosen = video.decode(Clip(self.path, self._stream.index, first, self._options), accept)
+        if chosen is None:
+            return
+        self._opened().close()  # the decoder has a file of its own
+        self._hardware, frames = chosen
+        self._frames = self._from_hardware(frames)
+        self._pending = None
+
+    def _from_hardware(
+        self, frames: Generator[av.VideoFrame, None, None]
+    ) -> Generator[av.VideoFrame, None, None]:
+        count = 0
+        try:
+            with closing(frames):
+                for frame in frames:
+                    check_size(
+                        self.path.name, frame.width, frame.height,
+                        max_pixels=self._max_pixels, max_side=MAX_SIDE, min_side=_MIN_SIDE,
+                    )  # fmt: skip
+                    yield frame
+                    count += 1
+        except MediaError:
+            raise
+        except Exception as error:  # the frames so far are out, and software might give others: no way back
+            raise MediaError(
+                f"{self._hardware} failed at frame {count} of {self.path.name} ({error})",
+                "expected a whole clip that the hardware decodes to its end",
+                "check the clip, or decode it in software (--decoder software)",
+            ) from error
 
     def _truncated(self, readable: int, why: str) -> MediaError:
         promised = self._stream.frames
@@ -385,6 +451,8 @@ class VideoReader(Iterator[Frame]):
         tagged = {1: "ITU709", 5: "ITU601", 6: "ITU601", 7: "SMPTE240M", 9: "BT2020"}
         matrix = tagged.get(int(frame.colorspace), "ITU709" if frame.height >= 720 else "ITU601")
         full = rgb_source or int(frame.color_range) == 2 or frame.format.name.startswith("yuvj")
+        if frame.format.name in _REPACKED:  # so that one conversion to RGB serves all decoders
+            frame = repacked(frame, _REPACKED[frame.format.name], full=full, by=self._packing)
         picture = self._reformatter.reformat(
             frame,
             width,
@@ -410,6 +478,8 @@ class VideoReader(Iterator[Frame]):
         """Release the file. May be called more than once."""
         container, self._container = self._container, None
         if container is not None:
+            if self._hardware:
+                self._frames.close()
             container.close()
 
     def __enter__(self) -> VideoReader:  # noqa: PYI034 - Self needs Python 3.11
@@ -421,15 +491,50 @@ class VideoReader(Iterator[Frame]):
         self.close()
 
 
-def open_container(path: Path) -> av.container.InputContainer:
+def open_container(path: Path, *, hwaccel: Any = None) -> av.container.InputContainer:
+    """Open a clip for reading.
+
+    Args:
+        path: the file.
+        hwaccel: PyAV's ``HWAccel`` for its decoders.
+
+    Raises:
+        FFmpegError: it is no clip.
+    """
+    # Old versions of PyAV do not know hwaccel.
+    more: dict[str, Any] = {} if hwaccel is None else {"hwaccel": hwaccel}
     # "file:" keeps a name such as "concat:x" from being taken for a protocol.
     # A title that is no UTF-8 is no reason not to read the pictures.
-    return av.open(
+    container: av.container.InputContainer = av.open(
         f"file:{path.absolute()}",
         "r",
         metadata_errors="replace",
         container_options={"format_whitelist": _DEMUXERS},
+        **more,
     )
+    return container
+
+
+def repacked(frame: av.VideoFrame, layout: str, *, full: bool = False, by: Any = None) -> av.VideoFrame:
+    """The same values in another layout of planes, such as NV12 for yuv420p.
+
+    Args:
+        frame: of 4:2:0 or 4:2:2.
+        layout: PyAV's name of a format with the same bits and chroma.
+        full: whether the values are of full range; both sides are told so, and nothing is converted.
+        by: a ``VideoReformatter`` to use again.
+    """
+    values = "JPEG" if full else "MPEG"
+    reformatter: Any = by or av.video.reformatter.VideoReformatter()
+    moved: av.VideoFrame = reformatter.reformat(
+        frame,
+        format=layout,
+        src_colorspace="ITU709",
+        dst_colorspace="ITU709",
+        src_color_range=values,
+        dst_color_range=values,
+    )
+    return moved
 
 
 def no_clip(path: Path, error: av.error.FFmpegError, cut: str = "") -> MediaError:

@@ -1,7 +1,7 @@
 """Clips and pictures out: frames uint8 RGB ``[H, W, 3]`` become a file that appears whole or not at all.
 
 ========================  =======================================================================
-``.mp4 .m4v .mov .mkv``   H.264 (libx264, yuv420p, BT.709, limited range); MP4 with its index in front
+``.mp4 .m4v .mov .mkv``   H.264 (libx264 or hardware, yuv420p, BT.709, limited range); MP4 with its index in front
 ``.webm``                 VP9
 ``.gif``                  256 colours, one palette until the colours leave it, bounded memory
 ``.png .jpg .webp .bmp``  one picture, of exactly one frame
@@ -42,6 +42,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lp_edge.errors import ConfigError, LpEdgeError, MediaError, OutputError
+from lp_edge.runtime.hardware_video import Video, nvenc_options
+from lp_edge.runtime.hardware_video_packets import DEFAULT_CRF, UnitStream
 from lp_edge.runtime.image import (
     cannot_write,
     check_folder,
@@ -162,7 +164,10 @@ class FrameWriter(ABC):
         size: (width, height) in pixels of the frames it takes.
         fps: frames per second.
         frames: number of frames written so far.
+        encoder: what encodes, in words, with the reason where hardware was tried in vain; "" for GIF, pictures and folders.
     """
+
+    encoder: str = ""
 
     def __init__(self, path: Path, size: tuple[int, int], fps: Fraction) -> None:
         self.path, self.size, self.fps, self.frames = path, size, fps, 0
@@ -279,6 +284,7 @@ def open_writer(
     preset: str = "veryfast",
     threads: int = 0,
     overwrite: bool = True,
+    video: Video | None = None,
 ) -> FrameWriter:
     """Open an output for frames; its suffix chooses the format.
 
@@ -294,11 +300,14 @@ def open_writer(
         preset: libx264's speed, ``ultrafast`` … ``slow``.
         threads: encoder threads; 0 takes one per core.
         overwrite: whether an existing output may be replaced.
+        video: what may encode H.264 (:mod:`lp_edge.runtime.hardware_video`); None = libx264. ``preset`` and ``threads``
+            mean nothing to hardware.
 
     Raises:
         OutputError: it cannot be written (see :func:`check_output`), or there is no encoder for it.
         MediaError: ``audio_from`` cannot be read.
-        ConfigError: a size or rate that is not above 0, or an unknown preset.
+        ConfigError: a size or rate that is not above 0, an unknown preset, or hardware by name for another format.
+        BackendUnavailable: the encoder that ``video`` names does not work.
     """
     if size[0] < 1 or size[1] < 1 or fps <= 0:
         raise ConfigError(f"size {size[0]}x{size[1]} at {fps} frames a second", "expected values above 0")
@@ -308,6 +317,8 @@ def open_writer(
         raise ConfigError(f"preset {preset}", f"expected one of {', '.join(_PRESETS)}")
     kind = check_output(output, overwrite=overwrite)
     path, rate = Path(output), Fraction(fps)
+    if video is not None and kind != "video":
+        video.refuse_hardware(path)
     if kind == "folder":
         return _FolderWriter(path, size, rate)
     if kind == "picture":
@@ -325,6 +336,7 @@ def open_writer(
         crf,
         preset,
         threads,
+        video,
     )
 
 
@@ -439,6 +451,7 @@ class _VideoWriter(_ContainerWriter):
         crf: int | None,
         preset: str,
         threads: int,
+        video: Video | None,
     ) -> None:
         form = _VIDEO[path.suffix.lower()]
         options: dict[str, str] = {}
@@ -447,10 +460,14 @@ class _VideoWriter(_ContainerWriter):
             scale = fps.numerator * max(1, 10_000 // fps.numerator)
             options = {"movflags": "faststart", "movie_timescale": str(scale)}
         self._audio: _Audio | None = None
+        self._session: UnitStream | None = None
         super().__init__(path, size, fps, form, options)
         self._limit = audio_limit
         self._reformatter: Any = av.video.reformatter.VideoReformatter()
-        self._guard(lambda: self._start(form, audio_from, audio_start, crf, preset, threads))
+        self._hardware = False  # encodes instead of software
+        self._guard(
+            lambda: self._start(form, audio_from, audio_start, crf, preset, threads, video or Video())
+        )
 
     def _start(
         self,
@@ -460,44 +477,62 @@ class _VideoWriter(_ContainerWriter):
         crf: int | None,
         preset: str,
         threads: int,
+        video: Video,
     ) -> None:
         container = self._out()
-        webm = form == "webm"
-        codec = "libvpx-vp9" if webm else "libx264"
+        software = "libvpx-vp9" if form == "webm" else "libx264"
+        width, height = self.size
+        even = (width + width % 2, height + height % 2)
+        self.encoder, hardware, header = video.encode(self.path, even, self.fps, crf, software=software)
+        self._hardware = hardware is not None
+        quality = DEFAULT_CRF if crf is None else crf
+        if hardware is None:
+            self._stream: Any = self._coded(software, even, _options(software, crf, preset), threads)
+        elif hardware.units is None:
+            self._stream = self._coded(hardware.codec, even, nvenc_options(quality, video.device), 1)
+        else:
+            session = hardware.units(even, self.fps, quality, video.device)
+            self._stream = self._session = UnitStream(container, session, header, self.fps)
+        if audio_from is not None:
+            self._audio = _open_audio(audio_from, audio_start, container, form)
+        container.start_encoding()  # opens the encoders and writes the header: what fails, fails now
+
+    def _coded(self, codec: str, size: tuple[int, int], options: dict[str, str], threads: int) -> Any:
+        """A stream that an encoder of PyAV fills."""
         if codec not in av.codec.codecs_available:
             raise OutputError(
                 f"this build of PyAV has no {codec} encoder",
                 f"expected one, to write {self.path.suffix}",
                 "install the av wheel from PyPI (pip install --force-reinstall av) or choose another suffix",
             )
-        stream: Any = container.add_stream(codec, rate=self.fps)
-        width, height = self.size
-        stream.width, stream.height = width + width % 2, height + height % 2
+        stream: Any = self._out().add_stream(codec, rate=self.fps)
+        stream.width, stream.height = size
         stream.pix_fmt = "yuv420p"
-        if webm:
-            stream.options = {
-                "crf": str(30 if crf is None else crf),
-                "deadline": "realtime",
-                "cpu-used": "7",
-                "row-mt": "1",
-                "tile-columns": "2",
-            }
-            stream.bit_rate = 0  # with crf: constant quality
-        else:
-            stream.options = {"crf": str(18 if crf is None else crf), "preset": preset}
+        stream.options = options
+        if codec != "libx264":
+            stream.bit_rate = 0  # with a quality: as many bits as it takes
         context = stream.codec_context
         context.time_base = 1 / self.fps
         context.thread_count = threads or os.cpu_count() or 1
         context.thread_type = "AUTO"
         context.color_range = 1  # limited; the other tags: BT.709 (ITU-T H.273: 1)
         context.color_primaries = context.color_trc = context.colorspace = 1
-        self._stream = stream
-        if audio_from is not None:
-            self._audio = _open_audio(audio_from, audio_start, container, form)
-        container.start_encoding()  # opens the encoders and writes the header: what fails, fails now
+        return stream
+
+    def _encode(self, frame: av.VideoFrame | None) -> list[Any]:
+        try:
+            return list(self._stream.encode(frame))
+        except Exception as error:
+            if not self._hardware:
+                raise
+            raise OutputError(
+                f"{self.encoder} failed at frame {self.frames} of {self.path.name} ({error})",
+                "expected an encoder that works to the end",
+                "encode in software (--encoder software)",
+            ) from error
 
     def _write(self, rgb: U8) -> None:
-        self._mux_video(self._stream.encode(self._to_yuv(rgb)))
+        self._mux_video(self._encode(self._to_yuv(rgb)))
         if self._audio is not None:
             self._audio.advance(self._sound_end(self.frames + 1))
 
@@ -529,16 +564,33 @@ class _VideoWriter(_ContainerWriter):
             self._out().mux(packet)
 
     def _finish(self) -> None:
-        self._mux_video(self._stream.encode(None))
+        self._mux_video(self._encode(None))
+        if self._session is not None:
+            self._session.close()
         if self._audio is not None:
             self._audio.finish(self._sound_end(self.frames))
             self._audio.close()
         self._publish()
 
     def _discard(self) -> None:
+        if self._session is not None:
+            self._session.close()
         if self._audio is not None:
             self._audio.close()
         super()._discard()
+
+
+def _options(codec: str, crf: int | None, preset: str) -> dict[str, str]:
+    """Options of a software encoder."""
+    if codec == "libx264":
+        return {"crf": str(DEFAULT_CRF if crf is None else crf), "preset": preset}
+    return {
+        "crf": str(30 if crf is None else crf),
+        "deadline": "realtime",
+        "cpu-used": "7",
+        "row-mt": "1",
+        "tile-columns": "2",
+    }
 
 
 # -- sound -----------------------------------------------------------------------------------------------------

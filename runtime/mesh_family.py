@@ -1,7 +1,7 @@
 """Adapter of the built-in ``mesh`` family: mesh points are the keypoints, the warp has a closed form.
 
 Expects a bundle with the network ``warp_decode`` and the table ``canonical`` (see
-:mod:`lp_edge.export.mesh.build`). Everything here works on one face of one frame; streams are the business of
+:mod:`lp_edge.export.mesh.build`). Drawing takes several frames of one face, all else one; streams are the business of
 :mod:`lp_edge.runtime.animator`.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lp_edge.engines import names
-from lp_edge.engines.runner import Array, Runner, fetch
+from lp_edge.engines.runner import Array, Runner
 from lp_edge.errors import ConfigError
 from lp_edge.runtime.compose import compose
 from lp_edge.runtime.edit import Edits
@@ -25,7 +26,7 @@ from lp_edge.runtime.family import DriverKind, Family, Follower, Portrait
 from lp_edge.runtime.mesh_edit import edit_mesh
 from lp_edge.runtime.motion import Motion
 from lp_edge.runtime.options import AnimateOptions
-from lp_edge.runtime.pixels import Pixels
+from lp_edge.runtime.pixels import Download, Pixels
 from lp_edge.runtime.resample import resize_crop
 from lp_edge.runtime.templates import MotionTemplate, load_template
 
@@ -219,10 +220,16 @@ class MeshFamily(Family[MeshPortrait]):
         """The size asked for, else 640."""
         return options.size or _SIZE
 
-    def crops_alone(self, portrait: MeshPortrait, crops: Array, options: AnimateOptions) -> Callable[[], U8]:
+    def crops_alone(
+        self, portrait: MeshPortrait, crops: Array, options: AnimateOptions
+    ) -> list[Callable[[], U8]]:
         """The crops' rectangles made square by repeating their borders, at :meth:`crop_size`."""
-        wait, size = fetch(crops), self.crop_size(options)
-        return lambda: np.stack([_squared(image, size) for image in wait()])
+        download, size = Download(crops), self.crop_size(options)
+
+        def squared(row: int) -> U8:
+            return _squared(download.row(row), size)
+
+        return [partial(squared, row) for row in range(crops.shape[0])]
 
     def still_crop(self, portrait: MeshPortrait) -> Array:
         """The source's crop."""

@@ -44,6 +44,7 @@ __all__ = [
     "MAX_FRAME_SIDE",
     "MAX_REGION_SIDE",
     "DevicePixels",
+    "Download",
     "Drawn",
     "HostPixels",
     "Pixels",
@@ -89,7 +90,8 @@ class Drawn(ABC):
 
 
 class Place(ABC):
-    """Where crops of one source face go, prepared once per source picture or frame.
+    """Where crops of one source face go, prepared once per source picture or frame. A dataclass, what it keeps in fields: so
+    that its memory can be added up.
 
     Attributes:
         rect: the region that drawing changes; empty (x0 = x1) where the crop lies outside the frame.
@@ -239,19 +241,30 @@ class HostPixels(Pixels):
 # -- drawing on the host ----------------------------------------------------------------------------------
 
 
-class _Download:
-    """Rows of an array on their way to the host, for several to wait for."""
+class Download:
+    """Rows of an array on their way to the host, for several to wait for.
+
+    Args:
+        array: ``[N, …]``, uint8, on the host or a device.
+    """
 
     def __init__(self, array: Array) -> None:
         self._wait = fetch(array)
+        self._shared = array.shape[0] > 1 or not isinstance(array, np.ndarray)
         self._lock = threading.Lock()
         self._rows: npt.NDArray[Any] | None = None
 
     def row(self, index: int) -> U8:
+        """Wait for one; it is not to be changed."""
         with self._lock:
             if self._rows is None:
                 self._rows = self._wait()
             return np.asarray(self._rows[index], np.uint8)
+
+    def picture(self, index: int) -> U8:
+        """Wait for one, to keep: a row of several keeps them all, perhaps in page-locked memory, and is copied."""
+        row = self.row(index)
+        return row.copy() if self._shared else row
 
 
 @dataclass(frozen=True)
@@ -259,7 +272,7 @@ class _HostDrawn(Drawn):
     """A crop that is blended into what lies below it."""
 
     rect: Rect
-    download: _Download
+    download: Download
     row: int
     put: Callable[[U8, U8], object]
 
@@ -269,20 +282,21 @@ class _HostDrawn(Drawn):
 
 @dataclass(frozen=True)
 class _HostPlace(Place):
-    """A place for crops on the host; ``put`` blends a crop into a frame."""
+    """A place for crops on the host; ``put`` blends a crop into a frame, as ``plan`` says where there is one."""
 
     rect: Rect
     put: Callable[[U8, U8], object]
+    plan: PastePlan | None = None
 
     def draw(self, crops: Array, *, blend_on_host: bool = False) -> list[Drawn]:
-        download = _Download(crops)
+        download = Download(crops)
         return [_HostDrawn(self.rect, download, row, self.put) for row in range(crops.shape[0])]
 
 
 def _host_place(plan: PastePlan) -> _HostPlace:
     """The place of a plan."""
     return _HostPlace(
-        plan.rect, lambda crop, out: plan.paste(out, resize_crop(crop, plan.crop_size), out=out)
+        plan.rect, lambda crop, out: plan.paste(out, resize_crop(crop, plan.crop_size), out=out), plan
     )
 
 
@@ -446,7 +460,7 @@ class _PatchDrawn(Drawn):
     rect: Rect
     frame_size: tuple[int, int]
     skip: tuple[int, int]
-    download: _Download
+    download: Download
     row: int
 
     def write(self, out: U8) -> None:
@@ -468,14 +482,16 @@ class _DevicePlace(Place):
 
     Attributes:
         region: what is computed, x0, y0, x1, y1; holds ``rect``.
-        paint: crops → regions uint8 ``[N, h, w, 3]`` on the device.
+        fixed: inputs of the graph that do not change from crop to crop.
+        paint: those and crops → regions uint8 ``[N, h, w, 3]`` on the device.
         host: makes the same place on the host, for crops that are blended there.
     """
 
     rect: Rect
     region: Rect
     frame_size: tuple[int, int]
-    paint: Callable[[Array], Array]
+    fixed: dict[str, Array]
+    paint: Callable[[dict[str, Array], Array], Array]
     host: Callable[[], Place]
 
     @cached_property
@@ -485,7 +501,7 @@ class _DevicePlace(Place):
     def draw(self, crops: Array, *, blend_on_host: bool = False) -> list[Drawn]:
         if blend_on_host:
             return self._on_host.draw(crops)
-        download = _Download(self.paint(crops))
+        download = Download(self.paint(self.fixed, crops))
         skip = (self.rect[0] - self.region[0], self.rect[1] - self.region[1])
         return [_PatchDrawn(self.rect, self.frame_size, skip, download, row) for row in range(crops.shape[0])]
 
@@ -510,7 +526,7 @@ class DevicePixels(Pixels):
 
     def __init__(self, open_graph: Callable[[str], Runner]) -> None:
         self._open_graph, self._host = open_graph, HostPixels()
-        self._lock = threading.RLock()
+        self._lock, self._opening = threading.Lock(), threading.Lock()
         self._runners: dict[str, Runner] = {}
         self._frames: deque[tuple[U8, Array]] = deque(maxlen=_REMEMBERED)
         self._kept: dict[Hashable, Array] = {}  # masks and weights, by what they are for
@@ -528,9 +544,10 @@ class DevicePixels(Pixels):
             for known, array in self._frames:
                 if known is rgb:
                     return array
-            array = self._upload(names.CUT_REGION, rgb[None])
+        array = self._upload(names.CUT_REGION, rgb[None])
+        with self._lock:
             self._frames.append((rgb, array))
-            return array
+        return array
 
     def crop(self, frame: Array, to_crop: F64, *, size: int = CROP_SIZE, reduce: int = 1) -> Array:
         """See :meth:`Pixels.crop`; there are graphs for 512 px, whole and halved, other sizes are cut on the host."""
@@ -552,18 +569,21 @@ class DevicePixels(Pixels):
         """See :meth:`Pixels.place`."""
         height, width = frame.shape[-3:-1]
         size = (width, height)
+
+        def on_host() -> Place:
+            return _host_place(PastePlan.prepare(to_frame, size, crop_size))
+
+        def paint(fixed: dict[str, Array], crops: Array) -> Array:
+            return self._infer(name, fixed, self.resize(crops, crop_size))
+
         if len(frame.shape) == 3:
             plan = PastePlan.prepare(to_frame, size, crop_size)
             if not self._fits(frame, plan.rect):
                 return _host_place(plan)
             name = _paste_name(names.PASTE_STILL, plan.rect, crop_size)
-            weight = {names.WEIGHT: self._upload(name, plan.weight[None, ..., None])}
-            paint = self._painter(name, frame, to_frame, plan.rect, crop_size, weight)
-            return _DevicePlace(plan.rect, plan.rect, size, paint, lambda: _host_place(plan))
-
-        def on_host() -> Place:
-            return _host_place(PastePlan.prepare(to_frame, size, crop_size))
-
+            weight = self._upload(name, plan.weight[None, ..., None])
+            fixed = self._fixed(name, frame, to_frame, plan.rect) | {names.WEIGHT: weight}
+            return _DevicePlace(plan.rect, plan.rect, size, fixed, paint, on_host)
         rect = placed_rect(to_frame, size, crop_size)
         (x0, x1), (y0, y1) = (_span(rect[i], rect[i + 2], limit) for i, limit in enumerate(size))
         region = (x0, y0, x1, y1)
@@ -571,8 +591,8 @@ class DevicePixels(Pixels):
             return on_host()
         name = _paste_name(names.PASTE_MOVING, region, crop_size)
         mask = self._keep(("mask", crop_size), name, lambda: crop_mask(crop_size)[None, ..., None])
-        paint = self._painter(name, frame, to_frame, region, crop_size, {names.MASK: mask})
-        return _DevicePlace(rect, region, size, paint, on_host)
+        fixed = self._fixed(name, frame, to_frame, region) | {names.MASK: mask}
+        return _DevicePlace(rect, region, size, fixed, paint, on_host)
 
     def rect_place(self, frame: Array, rect: Rect) -> Place:
         """See :meth:`Pixels.rect_place`; crops of the rectangle's size come down as they are."""
@@ -582,19 +602,19 @@ class DevicePixels(Pixels):
         if not self._fits(frame, rect):
             return host
         height, width = frame.shape[-3:-1]
-        fixed: dict[str, Array] = {}
+        preparing = threading.Lock()
 
-        def paint(crops: Array) -> Array:
+        def paint(fixed: dict[str, Array], crops: Array) -> Array:
             if tuple(crops.shape[1:3]) == size:
                 return crops
             name = _paste_name(names.PASTE_RECT, rect, *crops.shape[1:3])
-            with self._lock:
+            with preparing:
                 if not fixed:
                     weight = self._keep(("soft", *size), name, lambda: soft_mask(*size)[None])
                     fixed.update({names.PATCH: self._patch(name, frame, rect), names.WEIGHT: weight})
             return self._infer(name, fixed, crops)
 
-        return _DevicePlace(rect, rect, (width, height), paint, lambda: host)
+        return _DevicePlace(rect, rect, (width, height), {}, paint, lambda: host)
 
     def resize(self, crops: Array, size: int) -> Array:
         """See :meth:`Pixels.resize`."""
@@ -608,7 +628,7 @@ class DevicePixels(Pixels):
 
     def close(self) -> None:
         """Close the graphs that were opened and let go of what lies on the device."""
-        with self._lock:
+        with self._opening, self._lock:
             self._closed = True
             self._frames.clear()
             self._kept.clear()
@@ -618,7 +638,10 @@ class DevicePixels(Pixels):
     # -- parts -----------------------------------------------------------------------------------
 
     def _runner(self, name: str) -> Runner:
-        with self._lock:
+        if (known := self._runners.get(name)) is not None:
+            return known
+        # TensorRT may build an engine for a minute, and whoever has their graphs goes on meanwhile: hence a lock of its own.
+        with self._opening:
             if self._closed:
                 raise EngineError(
                     f"device graph {name} after close", "expected open DevicePixels", "keep them open"
@@ -640,22 +663,12 @@ class DevicePixels(Pixels):
         ]
         return runner.concatenate(parts)
 
-    def _painter(
-        self,
-        name: str,
-        frame: Array,
-        to_frame: F64,
-        region: Rect,
-        crop_size: int,
-        weight: Mapping[str, Array],
-    ) -> Callable[[Array], Array]:
-        """What puts crops of any side into a region of a frame; the region's own pixels are laid ready now."""
-        fixed = {
-            **weight,
+    def _fixed(self, name: str, frame: Array, to_frame: F64, region: Rect) -> dict[str, Array]:
+        """What a graph that pastes takes besides crops and weights; the region's own pixels are laid ready now."""
+        return {
             names.PATCH: self._patch(name, frame, region),
             names.MATRIX: paste_matrix(to_frame, region[:2]),
         }
-        return lambda crops: self._infer(name, fixed, self.resize(crops, crop_size))
 
     def _patch(self, name: str, frame: Array, region: Rect) -> Array:
         """A region of a frame, uint8 ``[1, h, w, 3]`` on the device, for the graph ``name``."""
@@ -668,13 +681,14 @@ class DevicePixels(Pixels):
     def _keep(self, key: Hashable, name: str, make: Callable[[], npt.NDArray[Any]]) -> Array:
         """What ``make`` returns, on the device of the graph ``name``; the most recent are kept."""
         with self._lock:
-            array = self._kept.pop(key, None)
-            if array is None:
-                array = self._upload(name, make())
+            known = self._kept.get(key)
+        array = self._upload(name, make()) if known is None else known
+        with self._lock:
+            self._kept.pop(key, None)
             self._kept[key] = array
             while len(self._kept) > _KEPT:
                 del self._kept[next(iter(self._kept))]
-            return array
+        return array
 
     def _fits(self, frame: Array, region: Rect) -> bool:
         """Whether a region is for the device; one that is not is told of. Nothing is done for an empty one."""
@@ -686,8 +700,7 @@ class DevicePixels(Pixels):
 
     def _upload(self, name: str, array: npt.NDArray[Any]) -> Array:
         """On the device, by any graph that is open, else by the one that will read it."""
-        with self._lock:
-            runner = next(iter(self._runners.values()), None) or self._runner(name)
+        runner = next(iter(tuple(self._runners.values())), None) or self._runner(name)
         return runner.upload(np.asarray(array, order="C"))
 
     def _on_host(self, frame: Array) -> U8:

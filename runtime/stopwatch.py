@@ -7,10 +7,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from lp_edge.runtime.hardware_video import Video
 
 __all__ = ["Stopwatch"]
 
@@ -22,9 +18,6 @@ class Stopwatch:
 
     Only the newest 65 536 samples of a stage are kept, so that memory does not grow with a stream.
 
-    Args:
-        video: what may decode the run's clips, and is told what did: a stopwatch goes wherever a run decodes. None = software.
-
     Example:
         >>> watch = Stopwatch()
         >>> with watch("warp"):
@@ -33,8 +26,7 @@ class Stopwatch:
         1
     """
 
-    def __init__(self, video: Video | None = None) -> None:
-        self.video = video
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self.seconds: dict[str, deque[float]] = {}
 

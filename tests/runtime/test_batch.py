@@ -18,6 +18,7 @@ from lp_edge.errors import ConfigError, Interrupted, MediaError, NoFaceError, Ou
 from lp_edge.runtime import batch, driver
 from lp_edge.runtime.batch import JOURNAL, BatchProgress, BatchResult, run_batch
 from lp_edge.runtime.gestures import builtin_template
+from lp_edge.runtime.hardware_video import VideoConfig
 from lp_edge.runtime.image import write_image
 from lp_edge.runtime.job import RunConfig, run_job
 from lp_edge.runtime.job_list import BatchJob, jobs_of_list, jobs_of_sources
@@ -293,6 +294,10 @@ def test_only_what_changed_is_done_again(inputs: Path, base: RunConfig, tmp_path
     os.utime(tmp_path / "d.mp4", (1, 1))  # another driver
     assert again(replace(other, crf=30)) == ["done"] * 3
     assert again(replace(other, crf=30)) == ["finished before"] * 3
+    other = replace(other, crf=30, video=VideoConfig(encoder="software"))  # another encoder
+    assert again(other) == ["done"] * 3
+    other = replace(other, video=VideoConfig("software", "software"))  # decoders give the same frames
+    assert again(other) == ["finished before"] * 3
 
 
 def test_a_folder_of_frames_counts_as_finished(inputs: Path, base: RunConfig, tmp_path: Path) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +19,10 @@ from lp_edge.engines.runner import Array, Runner
 from lp_edge.errors import ConfigError, MediaError
 from lp_edge.runtime.animator import Animator
 from lp_edge.runtime.batch_size import MAX_BATCH_SIZE, BatchTuner, candidates
+from lp_edge.runtime.cast import AnimatedFrame, Cast, DrawnFrame, Shot
 from lp_edge.runtime.driver import Driver, DriverFrame
 from lp_edge.runtime.options import AnimateOptions
+from lp_edge.runtime.stopwatch import Stopwatch
 from lp_edge.runtime.templates import MotionTemplate
 from lp_edge.tests.runtime.test_liveportrait_family import clip, frame, template
 
@@ -34,13 +40,16 @@ def found(seconds: Mapping[int, float]) -> tuple[int, int]:
 def test_the_smallest_size_that_is_about_as_fast_is_chosen() -> None:
     assert found({1: 10, 2: 12, 4: 23.9, 8: 48})[0] == 2  # 10, 6, 5.98, 6 a frame
     assert found({1: 10, 2: 16, 4: 28, 8: 48, 16: 90})[0] == 16
-    assert found({1: 10, 2: 21, 4: 30}) == (1, 5 * 3), "a size that is slower ends the search"
+    assert found({1: 10, 2: 22, 4: 24, 8: 48, 16: 99}) == (4, 5 * 31), (
+        "one size that is slower does not end the search"
+    )
+    assert found({1: 10, 2: 21, 4: 44, 8: 8}) == (1, 5 * 7), "two in a row do"
     assert BatchTuner((4,)).chosen == 4
 
 
 def test_warm_up_and_partial_batches_are_not_counted() -> None:
     tuner = BatchTuner((1, 2))
-    for seconds in (100.0, 100.0, 1.0, 9.0, 1.0):
+    for seconds in (0.1, 100.0, 9.0, 1.0, 9.0):
         tuner.tell(1, seconds)
     assert (tuner.size, tuner.per_frame) == (2, {1: 1.0})
     tuner.tell(1, 0.001)  # the end of a clip
@@ -49,6 +58,34 @@ def test_warm_up_and_partial_batches_are_not_counted() -> None:
     assert tuner.chosen is None
     tuner.tell(2, 1.0)
     assert (tuner.chosen, tuner.per_frame) == (2, {1: 1.0, 2: 0.5})
+
+
+def test_while_others_wait_frames_are_drawn_one_by_one_and_nothing_is_learned() -> None:
+    hurried = False
+    tuner = BatchTuner((1, 2), hurried=lambda: hurried)
+    for _ in range(5):
+        tuner.tell(tuner.size, 1.0)
+    assert tuner.size == 2
+    hurried = True
+    assert tuner.size == 1
+    for size in (1, 2) * 5:
+        tuner.tell(size, 0.001)
+    assert tuner.per_frame == {1: 1.0}
+    hurried = False
+    for _ in range(5):
+        tuner.tell(tuner.size, 1.0)
+    assert (tuner.chosen, tuner.per_frame) == (2, {1: 1.0, 2: 0.5})
+    hurried = True
+    assert (tuner.size, tuner.chosen) == (1, 2)
+
+
+def test_what_an_earlier_animation_found_keeps_within_the_bounds(toy_bundle: Path) -> None:
+    with Animator(toy_bundle, backend=BackendConfig("cpu", threads=1)) as animator:
+        assert animator.tuner().size == 1
+        animator._batch_size = 16
+        assert (animator.tuner().size, animator.tuner(most=8).size, animator.tuner(3).size) == (16, 8, 3)
+        with pytest.raises(ConfigError, match="batch size 65"):
+            animator.tuner(65)
 
 
 def test_candidates() -> None:
@@ -189,6 +226,60 @@ def test_a_device_finds_its_batch_and_keeps_to_it(
         calls.clear()
         list(animator.animate(frame(), shifts(8, "liveportrait")))
         assert calls == [4, 4], "what was found holds for the next animation"
+
+
+def test_at_most_two_batches_are_under_way_while_one_is_put_together(
+    liveportrait_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each holds a device's memory, and page-locked memory of the host."""
+    under_way, most, lock = [0], [0], threading.Lock()
+    begin, finish = Cast.begin, DrawnFrame.finish
+
+    def counted(cast: Cast, shots: Sequence[Shot], watch: Stopwatch) -> list[DrawnFrame]:
+        frames = begin(cast, shots, watch)
+        with lock:
+            under_way[0] += len(frames)
+            most[0] = max(most[0], under_way[0])
+        return frames
+
+    def slow(drawn: DrawnFrame) -> AnimatedFrame:
+        time.sleep(0.02)
+        with lock:
+            under_way[0] -= 1
+        return finish(drawn)
+
+    monkeypatch.setattr(Cast, "begin", counted)
+    monkeypatch.setattr(DrawnFrame, "finish", slow)
+    with open_counting(liveportrait_bundle, [], 4, resident=True, pixels="device") as animator:
+        assert len(list(animator.animate(frame(), shifts(20, "liveportrait"), batch_size=2))) == 20
+    assert most[0] <= 3 * 2
+
+
+def test_a_frame_counts_as_many_times_as_it_has_faces(
+    liveportrait_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a clip some frames show fewer: these are no sign of a better size."""
+    with open_counting(liveportrait_bundle, [], 4, resident=True, pixels="device") as animator:
+        clock = SimpleNamespace(perf_counter=itertools.count().__next__)
+        monkeypatch.setattr("lp_edge.runtime.animator.time", clock)
+        options = AnimateOptions(faces="left-right")
+        points = animator.find_faces(frame())[0].points
+        both = [animator.family.prepare(frame(), points + np.float32([x, 0, 0]), options) for x in (0, 45)]
+        animation = animator.animate(frame(), shifts(5, "liveportrait"), options, portraits=both)
+        assert len(list(animation)) == 5
+    assert animation.batches.per_frame == {1: 0.5}, "one tick for two faces"
+
+
+def test_what_was_found_stays_while_another_animation_still_searches(liveportrait_bundle: Path) -> None:
+    calls: list[int] = []
+    with open_counting(liveportrait_bundle, calls, 4, resident=True, pixels="device") as animator:
+        searching = animator.animate(frame(), shifts(6, "liveportrait"))
+        animator._batch_size = 2  # found by one at the same time
+        assert len(list(searching)) == 6
+        assert searching.batches.chosen is None
+        calls.clear()
+        list(animator.animate(frame(), shifts(4, "liveportrait")))
+    assert calls == [2, 2]
 
 
 def test_frames_before_an_error_are_drawn(liveportrait_bundle: Path) -> None:

@@ -8,13 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import onnxruntime
 import pytest
 
 from lp_edge.engines import BackendConfig, BackendStatus, open_bundle
-from lp_edge.runtime import doctor
+from lp_edge.runtime import doctor, hardware_video
 from lp_edge.runtime.provenance import provenance
+from lp_edge.tests.fake_nvcodec.module import World, make_nvcodec
 
 
 def put(root: Path, name: str, text: str) -> None:
@@ -239,6 +241,56 @@ def test_examine_everything(toy_bundle: Path) -> None:
     found = doctor.examine(toy_bundle)
     assert found.ok, found.missing()
     json.dumps(found.as_dict())
+
+
+# -- video ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(int(av.__version__.split(".")[0]) < 15, reason="PyAV 14 cannot write foreign packets")
+@pytest.mark.usefixtures("no_tool")
+def test_video_hardware_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    monkeypatch.setitem(sys.modules, "PyNvVideoCodec", make_nvcodec(world))
+    found = {v.name: v for v in doctor.examine_video(1)}
+    assert {name for name, v in found.items() if v.role == "decode"} == {
+        d.name for d in hardware_video.DECODERS
+    }
+    assert {name for name, v in found.items() if v.role == "encode"} == {
+        e.name for e in hardware_video.ENCODERS
+    }
+    decoder, encoder = found["NVDEC through PyNvVideoCodec"], found["NVENC through PyNvVideoCodec"]
+    assert (decoder.works, decoder.detail, decoder.remedy) == (True, "decoded 12 frames as software does", "")
+    assert encoder.works and encoder.detail.startswith("encoded a frame into ")
+    assert {asked[1] for asked in world.asked if asked[0] == "decoder"} == {1}
+    absent = found["nvv4l2decoder through GStreamer"]
+    assert (absent.works, absent.detail) == (False, "gst-launch-1.0 is not installed")
+    assert "gstreamer1.0-tools" in absent.remedy
+
+
+@pytest.mark.usefixtures("no_tool")
+def test_video_hardware_that_gives_other_frames_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(fails_at_packet=9, encodes=False)
+    monkeypatch.setitem(sys.modules, "PyNvVideoCodec", make_nvcodec(world))
+    found = {v.name: v for v in doctor.examine_video()}
+    decoder = found["NVDEC through PyNvVideoCodec"]
+    assert not decoder.works and "failed at frame" in decoder.detail and "lp-edge[nvcodec]" in decoder.remedy
+    assert not found["NVENC through PyNvVideoCodec"].works
+
+
+def test_video_hardware_is_missing_only_where_none_of_it_works(
+    components: tuple[doctor.Component, ...],
+) -> None:
+    needed = tuple(c for c in components if c.needed)
+    gpu = doctor.Machine("Linux", "CPU", 2, 1000, (doctor.Gpu("T4"),), "1", "")
+    first = doctor.VideoStatus("A", "decode", "nvidia", False, "no driver", "get it")
+    second = doctor.VideoStatus("B", "decode", "nvidia", True, "fine", "")
+    works = (BackendStatus("cpu", True, "fine", ""),)
+    none = report(needed, machine=gpu, backends=works, video=(first,))
+    assert none.ok
+    assert none.missing() == [doctor.Missing("no hardware decodes video (A: no driver)", "get it", False)]
+    assert none.as_dict()["video"][0]["detail"] == "no driver"
+    assert report(needed, machine=gpu, backends=works, video=(first, second)).missing() == []
+    assert report(needed, backends=works, video=(first,)).missing() == []
 
 
 # -- provenance -------------------------------------------------------------------------------------
