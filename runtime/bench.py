@@ -1,4 +1,4 @@
-"""Measurements behind ``lp-bench``: stages and whole runs, and the warp alone. Every record carries its provenance."""
+"""``lp-bench run`` and ``warp``: stages and whole runs, and the warp alone. Every record carries its provenance."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ import numpy.typing as npt
 from lp_edge.engines import names
 from lp_edge.engines.backends import BackendConfig
 from lp_edge.engines.bundle import open_bundle, sha256_file
+from lp_edge.engines.runner import Runner
 from lp_edge.errors import ConfigError
 from lp_edge.runtime.animator import Animator, Stopwatch
-from lp_edge.runtime.face_motion import Canonical, points_from_motion
+from lp_edge.runtime.bench_calls import time_record, warp_points
+from lp_edge.runtime.face_motion import Canonical
 from lp_edge.runtime.gestures import builtin_template
 from lp_edge.runtime.image import read_image, write_image
-from lp_edge.runtime.job import demo_picture, percentiles
+from lp_edge.runtime.job import demo_picture
 from lp_edge.runtime.media_write import open_writer
 from lp_edge.runtime.options import AnimateOptions
 from lp_edge.runtime.provenance import provenance
 
-__all__ = ["bench_animation", "bench_warp", "peak_memory_mib"]
+__all__ = ["Observer", "bench_animation", "bench_warp", "default_inputs", "peak_memory_mib"]
 
 U8 = npt.NDArray[np.uint8]
-F32 = npt.NDArray[np.float32]
 
 _CANVAS = (1280, 720)
 _DRIVER_SECONDS = 8.0
@@ -46,6 +47,20 @@ def peak_memory_mib() -> float:
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
+class Observer:
+    """Looks on while an animation is timed; does nothing by itself."""
+
+    def wrap(self, runner: Runner) -> Runner:
+        """Takes every network as it is opened and gives what is called in its place."""
+        return runner
+
+    def begin(self) -> None:
+        """From the next frame on frames are counted."""
+
+    def end(self, frames: int, seconds: float) -> None:
+        """So many frames were counted, in so many seconds; the networks are still open."""
+
+
 def bench_animation(
     source: str | Path | None = None,
     driving: str | Path | None = None,
@@ -53,16 +68,20 @@ def bench_animation(
     options: AnimateOptions | None = None,
     bundle: Path | None = None,
     backend: BackendConfig | None = None,
+    batch_size: int | None = None,
     warmup: int = 10,
     limit: int | None = None,
+    observer: Observer | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Animate into a temporary MP4 and time it.
 
     Args:
         source: picture or clip; None = the demo picture on a canvas of 1280x720.
         driving: driver; None = a clip of 512x512 in which the demo picture talks (made first, not counted).
+        batch_size: as :meth:`Animator.animate`.
         warmup: frames at the beginning that are not counted.
         limit: stop after so many frames.
+        observer: looks on.
 
     Yields:
         One record per stage (``p50``, ``p90``, ``p99``, ``mean`` in milliseconds per frame), then one for ``end_to_end``: the same
@@ -78,14 +97,13 @@ def bench_animation(
             "expected 0 or more, and more frames than that",
             "raise --frames",
         )
-    options = options or AnimateOptions()
+    options, observer = options or AnimateOptions(), observer or Observer()
     with (
         tempfile.TemporaryDirectory(prefix="lp-bench-") as name,
-        Animator(bundle, backend=backend) as animator,
+        Animator(bundle, backend=backend, wrap=observer.wrap) as animator,
     ):
         folder = Path(name)
-        source = _default_source(folder) if source is None else source
-        driving = _default_driver(folder) if driving is None else driving
+        source, driving = default_inputs(folder, source, driving)
         inputs = {
             "source": _describe(source, folder),
             "driving": _describe(driving, folder),
@@ -95,13 +113,19 @@ def bench_animation(
         watch, done = Stopwatch(), []
         started = time.perf_counter()
         with (
-            closing(animator.animate(source, driving, options, watch=watch)) as animation,
+            closing(
+                animator.animate(source, driving, options, watch=watch, batch_size=batch_size)
+            ) as animation,
             open_writer(folder / "result.mp4", animation.size, animation.fps) as writer,
         ):
+            if not warmup:
+                observer.begin()
             for frame in animation:
                 with watch("encode"):
                     writer.write(frame.rgb)
                 done.append(time.perf_counter())
+                if len(done) == warmup:
+                    observer.begin()
                 if limit is not None and len(done) >= limit:
                     break
             with watch("finish"):
@@ -113,23 +137,31 @@ def bench_animation(
                 f"expected more than {warmup + 1}",
                 "lower --warmup or use a longer clip",
             )
+        first = done[warmup - 1] if warmup else started
+        counted_frames = len(done) - warmup
+        observer.end(counted_frames, done[-1] - first)
         origin = provenance(animator.bundle)
         origin["backend"] = animator.backend
         for stage, kept in watch.seconds.items():
             seconds = list(kept)
             # what happens once (finishing the file, a picture's crop) has no warm-up
             counted = seconds[warmup:] if len(seconds) > warmup else seconds
-            yield {"bench": "run", "stage": stage, **_times(counted), "inputs": inputs, "provenance": origin}
-        first = done[warmup - 1] if warmup else started
-        counted_frames = len(done) - warmup
+            yield {
+                "bench": "run",
+                "stage": stage,
+                **time_record(counted),
+                "inputs": inputs,
+                "provenance": origin,
+            }
         yield {
             "bench": "run",
             "stage": "end_to_end",
-            **_times([b - a for a, b in zip([first, *done[warmup:]], done[warmup:], strict=False)]),
+            **time_record([b - a for a, b in zip([first, *done[warmup:]], done[warmup:], strict=False)]),
             "frames": counted_frames,
             "seconds": round(ended - first, 3),
             "fps": round(counted_frames / (ended - first), 2),
             "size": list(animation.size),
+            "batch_size": animation.batches.chosen,
             "peak_memory_mib": peak_memory_mib(),
             "inputs": inputs,
             "provenance": origin,
@@ -173,7 +205,7 @@ def bench_warp(
         )
     canonical = Canonical.from_table(opened.load_table("canonical"))
     image = cv2.resize(read_image(demo_picture()), (size, size), interpolation=cv2.INTER_AREA)[None]
-    kp_source, kp_driving = _warp_points(canonical, size)
+    kp_source, kp_driving = warp_points(canonical, size)
     with opened.runner(names.WARP_DECODE, backend or BackendConfig()) as runner:
         origin = provenance(opened, {names.WARP_DECODE: runner})
         for batch in batches:
@@ -197,34 +229,21 @@ def bench_warp(
                 "bench": "warp",
                 "size": size,
                 "batch": batch,
-                **_times(times),
+                **time_record(times),
                 "fps": round(batch * len(times) / sum(times), 1),
                 "peak_memory_mib": peak_memory_mib(),
                 "provenance": origin,
             }
 
 
-def _times(seconds: list[float]) -> dict[str, Any]:
-    times = percentiles(seconds)
-    return {
-        "count": times.count,
-        "mean_ms": times.mean,
-        "p50_ms": times.p50,
-        "p90_ms": times.p90,
-        "p99_ms": times.p99,
-    }
-
-
-def _warp_points(canonical: Canonical, size: int) -> tuple[F32, F32]:
-    """Source keypoints ``[478, 3]`` of a face as it stands in a crop, and driving ones ``[T, 478, 3]``."""
-    motion = builtin_template("nod", canonical=canonical).motion
-    points = points_from_motion(motion, canonical)
-    rest = points[0, :, :2]
-    scale = 0.42 * size / float(np.ptp(rest, axis=0).max())  # a crop is about 2.4 faces wide
-    middle = 0.5 * (rest.max(0) + rest.min(0))
-    points = points * np.float32(scale)
-    points[..., :2] += np.asarray(size / 2 - middle * scale, np.float32)
-    return points[0].astype(np.float32), points.astype(np.float32)
+def default_inputs(
+    folder: Path, source: str | Path | None, driving: str | Path | None
+) -> tuple[str | Path, str | Path]:
+    """Source and driver, those that are None made in ``folder``: the demo picture at 1280x720, and a clip in which it talks."""
+    return (
+        _default_source(folder) if source is None else source,
+        _default_driver(folder) if driving is None else driving,
+    )
 
 
 def _default_source(folder: Path) -> Path:

@@ -106,6 +106,13 @@ def test_a_product_that_is_read_twice_is_written() -> None:
     assert counted.fused_bytes == 4 * (4 + 16) + 4 * (4 + 4) + 4 * 4  # product; a out and in; y
 
 
+def test_the_longer_of_computing_and_of_moving_is_what_a_call_takes() -> None:
+    counted = count("g (float[1, 4] x) => (float[1, 3] y) { y = MatMul(x, w) }", {"x": (1, 4)}, w=zeros(4, 3))
+    assert (counted.flops, counted.fused_bytes) == (24, 4 * (4 + 12 + 3))
+    assert counted.seconds(2.0, 1e9) == 12.0
+    assert counted.seconds(1e9, 2.0) == 38.0
+
+
 def test_what_depends_on_sizes_alone_is_a_constant() -> None:
     text = """g (float[N, 3] x) => (float[N, 3] y) {
         shape = Shape(x)

@@ -1,0 +1,120 @@
+"""What measurements are given out as: JSON lines, a Markdown table, a table on the console."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lp_edge.runtime.image import cannot_write, check_folder
+
+__all__ = ["Table", "lines_to", "write_markdown"]
+
+
+@dataclass
+class Table:
+    """A table for people.
+
+    Attributes:
+        title: what it shows.
+        columns: headings.
+        rows: cells; numbers are written with three significant digits, None as a dash.
+        notes: sentences below.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: list[Sequence[Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def cells(self) -> list[list[str]]:
+        """Every cell as text."""
+        return [[_text(cell) for cell in row] for row in self.rows]
+
+    def markdown(self) -> str:
+        """The table in Markdown, with heading and notes."""
+        lines = [f"### {self.title}", "", _line(self.columns), "|" + "---|" * len(self.columns)]
+        lines += [_line(row) for row in self.cells()]
+        for note in self.notes:
+            lines += ["", note]
+        return "\n".join(lines) + "\n"
+
+    def print(self) -> None:
+        """Show it on standard output."""
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.table import Table as Shown
+
+        cells = self.cells()
+        widest = [max(map(len, column)) for column in zip(self.columns, *cells, strict=True)]
+        console = Console(soft_wrap=True, highlight=False)
+        if not console.is_terminal:  # a file or pipe has no width of its own
+            console.width = max(console.width, sum(widest) + 2 * len(widest))
+        shown = Shown(title=escape(self.title), title_justify="left", title_style="bold", box=None)
+        for column in self.columns:
+            numbers = all(not isinstance(row[len(shown.columns)], str) for row in self.rows)
+            shown.add_column(escape(column), justify="right" if numbers else "left", overflow="fold")
+        for row in cells:
+            shown.add_row(*map(escape, row))
+        console.print(shown)
+        for note in self.notes:
+            console.print(escape(note))
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def _text(cell: Any) -> str:
+    if cell is None:
+        return "-"
+    if isinstance(cell, bool):
+        return "yes" if cell else "no"
+    if isinstance(cell, float):
+        return f"{cell:.0f}" if abs(cell) >= 100 else f"{cell:.3g}"
+    return str(cell)
+
+
+@contextmanager
+def lines_to(path: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that writes a record as a line of JSON at once, so that a run that is stopped leaves what it has measured.
+
+    Args:
+        path: the file, replaced if there is one; None = nowhere; ``-`` = standard output.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    if path is None:
+        yield lambda record: None
+        return
+    if str(path) == "-":
+        yield lambda record: print(_json(record), flush=True)
+        return
+    check_folder(path)
+    try:
+        with path.open("w", encoding="utf-8") as file:
+
+            def write(record: dict[str, Any]) -> None:
+                file.write(_json(record) + "\n")
+                file.flush()
+
+            yield write
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def _json(record: dict[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False)
+
+
+def write_markdown(path: Path, tables: Iterable[Table]) -> None:
+    """Tables one below the other; OutputError when it cannot be written."""
+    check_folder(path)
+    try:
+        path.write_text("\n".join(table.markdown() for table in tables), encoding="utf-8")
+    except OSError as error:
+        raise cannot_write(path, error) from error
