@@ -54,19 +54,20 @@ def open_family(
         config: where its networks run; threads 0 = as many as suit the family.
         stack: closes them.
         face_models: folder with ``landmark.onnx`` (and InsightFace's models) for the crops of the liveportrait family.
-        wrap: takes every network as it is opened and gives what is called in its place.
+        wrap: takes every network as it is opened and gives what is called in its place. Not the device graphs of the
+            pixels: they take microseconds, and what they read differs from face to face, so that calls laid together would
+            only copy more.
 
     Raises:
         ConfigError: the family is unknown, or has no use for ``face_models``.
         BundleError, BackendUnavailable, EngineError: a network cannot be opened.
     """
 
-
     def open_pixels(drawing: Runner) -> Pixels:
         """On the device where the network that draws keeps its results, else on the host."""
         if config.pixels == "host" or (config.pixels == "auto" and not drawing.resident):
             return HostPixels()
-        pixels = DevicePixels(lambda name: wrap(open_device_graph(name, config)))
+        pixels = DevicePixels(lambda name: open_device_graph(name, config))
         stack.callback(pixels.close)
         return pixels
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from lp_edge.cli import Guarded, common_options
-from lp_edge.engines.backends import BackendConfig
+from lp_edge.cli import Guarded, common_options, name_and_value
+from lp_edge.engines.backends import PIXELS, BackendConfig
 from lp_edge.errors import BackendUnavailable, ConfigError
 from lp_edge.runtime.server import log
 from lp_edge.runtime.server.config import Limits, ServerConfig, TlsConfig, check_token
@@ -105,6 +105,7 @@ Examples:
     openssl rand -hex 32 > tokens && chmod 600 tokens
     lp-serve --listen 0.0.0.0:50051 --tls-cert server.pem --tls-key server.key --token-file tokens
     lp-serve --bundle liveportrait-human-fp32 --backend cuda --device 0 --device 1
+    lp-serve --bundle liveportrait-human-fp16 --backend tensorrt --backend-option max_batch=16 --max-batch 16
     lp-serve --check --tls-cert server.pem --tls-key server.key --token-file tokens
 
 \b
@@ -196,6 +197,19 @@ Exit codes:
     help="Index of a GPU; may be given several times, streams are spread over them.",
 )
 @_networks("--threads", type=int, metavar="N", default=0, help="CPU threads; 0 = one per core.")
+@_networks(
+    "--backend-option",
+    "backend_options",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Handed to the backend as it is, for example max_batch=4 to tensorrt; may be given several times.",
+)
+@_networks(
+    "--pixels",
+    type=click.Choice(PIXELS),
+    default="auto",
+    help="Where crops are cut and pasted back: auto = on the device where the backend keeps frames there.",
+)
 @_batch(
     "--max-batch",
     type=int,
@@ -248,6 +262,8 @@ def serve(
     backend: str,
     devices: tuple[int, ...],
     threads: int,
+    backend_options: tuple[str, ...],
+    pixels: str,
     max_batch: int,
     max_batch_wait: float | None,
     max_streams: int,
@@ -283,7 +299,9 @@ def serve(
         metrics_listen=metrics_listen if metrics_port is None else f"127.0.0.1:{metrics_port}",
         bundle=bundle,
         face_models=face_models,
-        backend=BackendConfig(backend, 0, threads),
+        backend=BackendConfig(
+            backend, 0, threads, dict(name_and_value(text) for text in backend_options), pixels
+        ),
         devices=devices,
         insecure=insecure,
         tls=_tls(tls_cert, tls_key, tls_client_ca),

@@ -55,6 +55,8 @@ class Device:
         worker: merges the calls of concurrent streams.
         threads: how many threads execute networks.
         streams: open streams on it.
+        live: those of them whose clients wait for single frames (Animate).
+        max_batch: most frames of one engine call.
     """
 
     def __init__(self, config: ServerConfig, index: int, metrics: Metrics) -> None:
@@ -78,7 +80,8 @@ class Device:
             max_wait_s=(0.0 if on_cpu else _GPU_WAIT_S) if wait is None else wait,
             threads=self.threads,
         )
-        self.index, self.streams, self.max_wait_s = index, 0, batch.max_wait_s
+        self.index, self.streams, self.live = index, 0, 0
+        self.max_batch, self.max_wait_s = batch.max_batch, batch.max_wait_s
         with ExitStack() as stack:
             self.worker = stack.enter_context(DeviceWorker(batch, name=f"device {index}", observer=metrics))
             self.animator = stack.enter_context(
@@ -242,6 +245,7 @@ class Core:
         stream = Stream(kind, peer, device)
         self.streams[stream.id] = stream
         device.streams += 1
+        device.live += kind == "animate"
         self.metrics.stream_opened(kind)
         error: BaseException | None = None
         with stream_span(kind, stream.id, headers) as tell:
@@ -258,6 +262,7 @@ class Core:
             finally:
                 stream.cancel()
                 device.streams -= 1
+                device.live -= kind == "animate"
                 del self.streams[stream.id]
                 status = stream.log.end(error)
                 tell({"frames": stream.log.frames, "dropped": stream.log.dropped, "status": status})

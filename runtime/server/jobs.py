@@ -10,7 +10,8 @@ and it is gone with the call. Pictures are never collected: a frame is made when
 reads slowly slows its own call alone. Of a whole clip nothing but motion is kept, and that is bounded too.
 
 All network calls belong to the stream's scope, also those of the thread that reads the driver's motion ahead, so that ending
-the call (an error, a cancelled RPC, a closed iterator) stops it within one frame.
+the call (an error, a cancelled RPC, a closed iterator) stops it within one frame, or one batch of frames where a device draws
+(:meth:`~lp_edge.runtime.animator.Animator.draw`): there two batches are under way at most.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import shutil
 import tempfile
 import time
 import zipfile
+from collections import deque
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -50,7 +52,7 @@ from lp_edge.errors import (
     ProtocolError,
 )
 from lp_edge.proto.v1 import animation_pb2, common_pb2, portraits_pb2
-from lp_edge.runtime.cast import Cast
+from lp_edge.runtime.cast import Cast, Shot
 from lp_edge.runtime.driver import Driver, DriverFrame
 from lp_edge.runtime.family import Portrait
 from lp_edge.runtime.gestures import builtin_template
@@ -82,6 +84,7 @@ from lp_edge.runtime.server.wire import (
     motion_to_message,
     portrait_options_message,
 )
+from lp_edge.runtime.stopwatch import Stopwatch
 from lp_edge.runtime.templates import BROKEN_ARCHIVE, MAX_FRAMES, MotionTemplate, save_template
 
 __all__ = [
@@ -413,7 +416,12 @@ class RenderedFrame:
 def _frames(
     stream: Stream, source: Source, driving: Path | MotionTemplate, options: AnimateOptions
 ) -> Generator[RenderedFrame, None, None]:
-    """Frames of a rendering; the motion of the next ones is read in a thread of its own meanwhile."""
+    """Frames of a rendering; the motion of the next ones is read in a thread of its own meanwhile.
+
+    Where a device draws, it draws several at once, but while somebody animates live: every frame of theirs would wait for all of
+    these.
+    """
+    device, animator = stream.device, stream.device.animator
     portraits = list(enumerate(source.prepare()))
     if not options.paste_back and len(portraits) > 1:
         raise ConfigError(
@@ -422,21 +430,31 @@ def _frames(
             "paste back, or register the portrait with one face",
         )
     driver = _open(stream, driving, options)
-    cast = Cast(stream.device.animator.family, [driver], options, source_clip=False)
-    with prefetch(_scoped(stream, driver.start()), 2, f"motion {stream.id}") as steps:
-        for index, step in enumerate(steps):
-            watch = FrameWatch()
-            drawn = cast.draw(index, source.rgb, step.time, portraits, [step], watch)
-            plain = replace(step, rgb=None)
-            yield RenderedFrame(index, drawn.rgb, plain, watch, driver.fps, driver.expected)
-            if driver.still:
-                return
+    cast = Cast(animator.family, [driver], options, source_clip=False)
+    tuner = animator.tuner(most=device.max_batch, hurried=lambda: device.live > 0)
+    watches: deque[FrameWatch] = deque()  # of the frames that are being drawn
+
+    def shots() -> Generator[Shot, None, None]:
+        with prefetch(_scoped(stream, driver.start()), 2, f"motion {stream.id}") as steps:
+            for index, step in enumerate(steps):
+                watches.append(FrameWatch())
+                plain = replace(step, rgb=None)
+                yield Shot(index, source.rgb, step.time, portraits, [plain], watches[-1])
+                if driver.still:
+                    return
+
+    drawn = animator.draw(cast, shots(), tuner, Stopwatch(), lambda batches: _scoped(stream, batches))
+    with closing(drawn):
+        for frame in drawn:
+            yield RenderedFrame(
+                frame.index, frame.rgb, frame.driver, watches.popleft(), driver.fps, driver.expected
+            )
 
 
 def render_frames(
     core: Core, stream: Stream, source: Source, driving: Path | MotionTemplate, options: AnimateOptions
 ) -> AsyncGenerator[RenderedFrame, None]:
-    """Animate a picture with a whole driver; a frame is drawn when it is asked for.
+    """Animate a picture with a whole driver; a frame is drawn when it is asked for, on a device one or two batches before.
 
     Args:
         core: threads.

@@ -22,6 +22,7 @@ from dataclasses import fields, is_dataclass
 import numpy as np
 import numpy.typing as npt
 
+from lp_edge.engines.cuda import DeviceBuffer
 from lp_edge.engines.runner import Array
 from lp_edge.errors import ConfigError, LimitError, NotFoundError
 from lp_edge.runtime.faces import Face
@@ -40,8 +41,8 @@ _RETRY_S = 5.0
 def memory_of(*roots: object) -> int:
     """Bytes of all arrays that can be reached from ``roots`` through dataclasses, mappings and sequences.
 
-    An array that is reached twice counts once; a view counts as the whole array that it keeps alive; a tensor on a device counts
-    with its dense size.
+    An array that is reached twice counts once; a view counts as the whole array that it keeps alive, on a device as on the host.
+    Pools of memory round sizes up by an eighth at most, which is not counted.
 
     Example:
         >>> frame = np.zeros((4, 4, 3), np.uint8)
@@ -55,10 +56,12 @@ def memory_of(*roots: object) -> int:
         item = todo.pop()
         while isinstance(item, np.ndarray) and isinstance(item.base, np.ndarray):
             item = item.base
+        if isinstance(buffer := getattr(item, "buffer", None), DeviceBuffer):  # of a DeviceArray
+            item = buffer
         if id(item) in seen:
             continue
         seen.add(id(item))
-        if isinstance(item, np.ndarray):
+        if isinstance(item, (np.ndarray, DeviceBuffer)):
             total += item.nbytes
         elif isinstance(item, Mapping):
             todo += item.values()
@@ -66,6 +69,7 @@ def memory_of(*roots: object) -> int:
             todo += item
         elif is_dataclass(item) and not isinstance(item, type):
             todo += (getattr(item, field.name) for field in fields(item))
+            todo += getattr(item, "__dict__", {}).values()  # what was made on first use, and no field
         elif isinstance(item, Array):
             total += math.prod(item.shape) * np.dtype(item.dtype).itemsize
     return total
@@ -81,7 +85,8 @@ class StoredPortrait:
         faces: the faces that are animated, in the order of ``options.faces``.
         ttl_s: seconds without use after which it goes.
         created_at: when it was registered, Unix time in seconds.
-        memory_bytes: what it takes, see :func:`memory_of`; grows when it is prepared for another device.
+        memory_bytes: what it takes on the host and on devices, see :func:`memory_of`; grows when it is prepared for another device,
+            and when the first frame lays ready what the following ones need.
         active: streams that use it now.
     """
 
@@ -103,9 +108,10 @@ class StoredPortrait:
         self._prepared = {device: list(portraits) for device, portraits in prepared.items()}
         self._preparing = threading.Lock()
         self._added, self.used = now, now
-        self.memory_bytes = self._measure()
+        self.memory_bytes = self.measure()
 
-    def _measure(self) -> int:
+    def measure(self) -> int:
+        """What it takes now, in bytes."""
         return memory_of(self.rgb, self.faces, self._prepared)
 
     @property
@@ -127,7 +133,7 @@ class StoredPortrait:
             if device_index not in self._prepared:
                 self._prepared[device_index] = list(self._prepare(device_index))
                 try:
-                    self._store._resized(self, self._measure())
+                    self._store._resized(self, self.measure())
                 except LimitError:
                     del self._prepared[device_index]
                     raise
@@ -242,6 +248,7 @@ class PortraitStore:
                     self._portraits.move_to_end(portrait.id)
                 elif not portrait.active:
                     self._deleted.discard(portrait)
+            portrait.memory_bytes = portrait.measure()
 
     def delete(self, id: str) -> None:
         """Forget a portrait; streams that use it go on.
@@ -263,9 +270,12 @@ class PortraitStore:
             return tuple(reversed(self._portraits.values()))
 
     def expire(self) -> None:
-        """Drop what has not been used for its time to live."""
+        """Drop what has not been used for its time to live, and look again at the memory of what is in use."""
         with self._lock:
             self._expire()
+            for portrait in (*self._portraits.values(), *self._deleted):
+                if portrait.active:
+                    portrait.memory_bytes = portrait.measure()
 
     def __len__(self) -> int:
         """Number of portraits that can be found."""

@@ -7,8 +7,9 @@
 
 A stage is a task of the event loop that runs its work in a thread and hands the frame on through a queue of one place, so
 nothing runs far ahead of the client that takes the results. In lossless mode a full inbox stops the reading, and HTTP/2's
-flow control stops the sender; in live mode a frame that waits gives way to a newer one. What is asked between two frames
-(options, neutral) travels with the next frame and takes effect in each stage as that frame passes.
+flow control stops the sender; in live mode a frame that waits gives way to a newer one. Where a device draws, [draw] begins a
+frame and [encode] waits for it. What is asked between two frames (options, neutral) travels with the next frame and takes
+effect in each stage as that frame passes.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from lp_edge.errors import (
     ProtocolError,
 )
 from lp_edge.proto.v1 import animation_pb2, common_pb2
+from lp_edge.runtime.cast import DrawnFrame
 from lp_edge.runtime.driver import DriverFrame
 from lp_edge.runtime.live import LivePuppet, LiveReader
 from lp_edge.runtime.motion import Motion
@@ -112,7 +114,7 @@ class _Item:
     rgb: U8 | None = None
     motion: Motion | None = None
     step: DriverFrame | None = None
-    drawn: list[U8] = field(default_factory=list)
+    drawn: list[DrawnFrame] = field(default_factory=list)
     pictures: list[common_pb2.Picture] = field(default_factory=list)
     size: int = 0
 
@@ -514,7 +516,10 @@ class AnimateCall:
             if item.neutral is not None:
                 puppet.set_neutral(item.neutral[0])
             if item.step is not None and self._output.encoding != "none":
-                item.drawn.append(puppet.draw(item.step, item.watch).rgb)
+                item.drawn.append(puppet.begin(item.step, item.watch))
+        if not self._family.resident:  # else the device goes on while the next frame is composed
+            for frame in item.drawn:
+                frame.finish()
 
     async def _deliver(self, item: _Item) -> None:
         """Encode and send what is drawn."""
@@ -546,11 +551,12 @@ class AnimateCall:
 
     def _encode(self, item: _Item, slots: Sequence[int]) -> list[common_pb2.Picture]:
         """Pictures in messages, or, where there are ``slots``, in shared memory."""
+        drawn = [frame.finish().rgb for frame in item.drawn]
         with item.watch("encode"):
             if not slots or self._shared is None:
-                return encode_frame(self._encoders, item.drawn, self._limits.max_message_bytes)
+                return encode_frame(self._encoders, drawn, self._limits.max_message_bytes)
             pictures = []
-            for encoder, rgb, slot in zip(self._encoders, item.drawn, slots, strict=True):
+            for encoder, rgb, slot in zip(self._encoders, drawn, slots, strict=True):
                 self._shared.write("result", slot, encoder.pixels(rgb))
                 pictures.append(encoder.encode(rgb, slot=slot))
             return pictures

@@ -10,6 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 
@@ -180,6 +181,8 @@ def test_results_do_not_depend_on_the_batch(
 def test_faces_that_overlap_are_drawn_one_onto_the_other(
     bundle: str, family: str, request: pytest.FixtureRequest
 ) -> None:
+    if family == "liveportrait" and int(cv2.__version__.partition(".")[0]) < 5:
+        pytest.skip("OpenCV 4 rounds positions to 1/32 pixel")
     options, rgb = AnimateOptions(faces="left-right"), frame(100)
     shown = []
     for pixels, size in (("host", 1), ("host", 4), ("device", 1), ("device", 4)):

@@ -273,7 +273,8 @@ async def serving(bundle: Path, *, tolerate: str = "", **config: Any) -> AsyncIt
     """Serve until the end of the block; what is logged as an error meanwhile fails it, unless it contains ``tolerate``."""
     errors = _Errors()
     logging.getLogger().addHandler(errors)
-    settings = ServerConfig(bundle=bundle, backend=BackendConfig("cpu", threads=1), **config)
+    config.setdefault("backend", BackendConfig("cpu", threads=1))
+    settings = ServerConfig(bundle=bundle, **config)
     core = Core(settings, Metrics())
     try:
         await asyncio.get_running_loop().run_in_executor(None, core.open)

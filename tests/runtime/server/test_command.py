@@ -74,6 +74,7 @@ def test_every_option_arrives(
             "f",
         ),
         *("--backend", "cuda", "--device", 1, "--device", 3, "--threads", 2, "--max-batch", 4),
+        *("--backend-option", "a=1", "--backend-option", "b=x=y", "--pixels", "host"),
         *(
             "--max-batch-wait",
             "0.01",
@@ -108,6 +109,7 @@ def test_every_option_arrives(
     )
     assert (config.bundle, config.face_models) == (Path("b"), Path("f"))
     assert (config.backend.backend, config.backend.threads, config.devices) == ("cuda", 2, (1, 3))
+    assert (config.backend.provider_options, config.backend.pixels) == ({"a": "1", "b": "x=y"}, "host")
     assert config.limits == Limits(5, 6, 2 << 30, 7, 1 << 20, 5000, 3 << 10, 0)
     assert (config.max_batch, config.max_batch_wait_s) == (4, 0.01)
     assert (config.portrait_ttl_s, config.idle_timeout_s, config.drain_timeout_s) == (8.0, 9.0, 1.5)
@@ -137,6 +139,9 @@ def test_every_option_arrives(
         (("--max-batch-wait", "nan"), "max_batch_wait_s is nan"),
         (("--backend", "abacus"), "unknown backend 'abacus'"),
         (("--backend", "cpu", "--device", "0", "--device", "1"), "a CPU is one device"),
+        (("--backend", "cuda", "--backend-option", "fast"), "--backend-option 'fast': expected NAME=VALUE"),
+        (("--backend-option", "a=1"), "provider options ['a'] with backend auto"),
+        (("--pixels", "moon"), "'moon' is not one of 'auto', 'host', 'device'"),
         (("--token", "0123456789abcdef"), "No such option"),
         (("--log-format", "xml"), "xml"),
         (("0.0.0.0:50051",), "unexpected extra argument"),

@@ -9,7 +9,7 @@ import os
 import socket
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from fractions import Fraction
 from io import FileIO
 from pathlib import Path
@@ -27,7 +27,7 @@ uvicorn = pytest.importorskip("uvicorn")
 
 from lp_edge.engines.backends import BackendConfig
 from lp_edge.errors import NotFoundError
-from lp_edge.runtime.cast import Cast
+from lp_edge.runtime.cast import Cast, Shot
 from lp_edge.runtime.image import encode_image
 from lp_edge.runtime.media_read import VideoReader, probe
 from lp_edge.runtime.media_write import open_writer
@@ -218,14 +218,14 @@ def test_an_error_before_the_first_frame_has_its_status_and_a_later_one_a_line(
 ) -> None:
     refused = animate(core, picture=png(None), driving=png(), headers=NDJSON)
     assert (refused.status_code, error_of(refused)["type"]) == (422, "NoFaceError")
-    draw = Cast.draw
+    begin = Cast.begin
 
-    def breaking(self: Cast, index: int, *args: Any) -> Any:
-        if index == 5:
+    def breaking(self: Cast, shots: Sequence[Shot], *args: Any) -> Any:
+        if shots[0].index == 5:
             raise RuntimeError("secret of the server")
-        return draw(self, index, *args)
+        return begin(self, shots, *args)
 
-    monkeypatch.setattr(Cast, "draw", breaking)
+    monkeypatch.setattr(Cast, "begin", breaking)
     response = animate(core, {"template": "nod"}, picture=png(), headers=NDJSON)
     assert response.status_code == 200
     error = json.loads(response.text.splitlines()[-1])["error"]
@@ -627,13 +627,13 @@ def test_a_client_that_goes_away_ends_its_work(
 ) -> None:
     driving = clip(tmp_path / "d.mp4", [100 + i % 20 for i in range(300)])
     drawn: list[int] = []
-    draw = Cast.draw
+    begin = Cast.begin
 
-    def counting(self: Cast, index: int, *args: Any) -> Any:
-        drawn.append(index)
-        return draw(self, index, *args)
+    def counting(self: Cast, shots: Sequence[Shot], *args: Any) -> Any:
+        drawn.extend(shot.index for shot in shots)
+        return begin(self, shots, *args)
 
-    monkeypatch.setattr(Cast, "draw", counting)
+    monkeypatch.setattr(Cast, "begin", counting)
 
     async def run() -> None:
         async with served(core) as (host, port):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import io
 import struct
+import sys
 import tempfile
 import threading
 import wave
 import zipfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from fractions import Fraction
 from pathlib import Path
@@ -36,7 +37,8 @@ from lp_edge.errors import (
     ProtocolError,
 )
 from lp_edge.proto.v1 import animation_pb2, common_pb2
-from lp_edge.runtime.cast import Cast
+from lp_edge.runtime import animator
+from lp_edge.runtime.cast import Cast, Shot
 from lp_edge.runtime.geometry import rotation_from_euler
 from lp_edge.runtime.gestures import builtin_template
 from lp_edge.runtime.image import encode_image
@@ -48,6 +50,7 @@ from lp_edge.runtime.server.config import Limits, ServerConfig
 from lp_edge.runtime.server.core import Core
 from lp_edge.runtime.server.metrics import Metrics
 from lp_edge.runtime.templates import load_template, save_template
+from lp_edge.tests.fake_nvcodec.module import World, make_nvcodec
 
 ExtractRequest, ExtractConfig = animation_pb2.ExtractMotionRequest, animation_pb2.ExtractMotionConfig
 RenderRequest, RenderConfig = animation_pb2.RenderRequest, animation_pb2.RenderConfig
@@ -585,6 +588,45 @@ def test_a_picture_drives_one_frame(core: Core) -> None:
     assert [a.WhichOneof("message") for a in answers] == ["frame", "finished"]
 
 
+@pytest.mark.skipif(int(av.__version__.split(".")[0]) < 15, reason="PyAV 14 cannot decode this way")
+def test_hardware_decodes_uploads_within_the_same_limits(
+    make_core: Callable[..., Core], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a GPU backend; what software refuses before hardware is asked, stays refused."""
+    world = World()
+    monkeypatch.setitem(sys.modules, "PyNvVideoCodec", make_nvcodec(world))
+    data = clip(tmp_path / "d.mp4", [100 + 2 * i for i in range(7)])
+    plain = make_core()
+    in_software = pixels(call(plain, jobs.render, render_of(plain, data, upload=CLIP)))
+    assert world.asked == []
+    real = animator.open_family
+
+    def opened(*arguments: Any) -> Any:
+        family = real(*arguments)
+        monkeypatch.setattr(family, "resident", True)
+        return family
+
+    monkeypatch.setattr(animator, "open_family", opened)
+    core = make_core(max_pixels=240 * 200)
+    np.testing.assert_allclose(
+        pixels(call(core, jobs.render, render_of(core, data, upload=CLIP))).astype(int), in_software, atol=3
+    )
+    answers = call(core, jobs.extract_motion, extract_clip(data))
+    assert [a.WhichOneof("message") for a in answers] == ["motion"] * 7
+    assert [a[0] for a in world.asked] == ["decoder"] * 2
+    world.asked.clear()
+    for broken, words in ((data[:-300], "cut off"), (data[: len(data) // 2], "cut off|no clip")):
+        with pytest.raises(MediaError, match=words):
+            call(core, jobs.render, render_of(core, broken, upload=CLIP))
+    small = make_core(max_pixels=240 * 200 - 1)
+    with pytest.raises(LimitError, match="megapixels"):
+        call(small, jobs.render, render_of(small, data, upload=CLIP))
+    assert world.asked == []
+    world.fails_at_packet = 4
+    with pytest.raises(MediaError, match=r"failed at frame \d"):
+        call(core, jobs.render, render_of(core, data, upload=CLIP))
+
+
 def test_the_neutral_frame_may_be_chosen(core: Core, tmp_path: Path) -> None:
     data = clip(tmp_path / "d.mp4", [100, 110, 120, 130, None])
     config = {"upload": CLIP, "options": common_pb2.AnimationOptions(smooth=False)}
@@ -747,13 +789,13 @@ def test_an_upload_beyond_the_limit_is_refused_early(make_core: Callable[..., Co
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Indices of the frames that were drawn."""
     indices: list[int] = []
-    draw = Cast.draw
+    begin = Cast.begin
 
-    def counting(self: Cast, index: int, *args: Any) -> Any:
-        indices.append(index)
-        return draw(self, index, *args)
+    def counting(self: Cast, shots: Sequence[Shot], *args: Any) -> Any:
+        indices.extend(shot.index for shot in shots)
+        return begin(self, shots, *args)
 
-    monkeypatch.setattr(Cast, "draw", counting)
+    monkeypatch.setattr(Cast, "begin", counting)
     return indices
 
 
