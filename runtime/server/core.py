@@ -25,8 +25,10 @@ from typing import Any, TypeVar
 from lp_edge.engines.backends import resolve_backend
 from lp_edge.engines.batching import BatchConfig, CallScope, DeviceWorker
 from lp_edge.engines.bundle import MANIFEST, open_bundle, sha256_file
-from lp_edge.errors import ConfigError, DeadlineError, Interrupted, LimitError, ServerUnavailable
+from lp_edge.errors import ConfigError, DeadlineError, Interrupted, LimitError, NoFaceError, ServerUnavailable
 from lp_edge.runtime.animator import Animator
+from lp_edge.runtime.image import read_image
+from lp_edge.runtime.job import demo_picture
 from lp_edge.runtime.server.config import ServerConfig
 from lp_edge.runtime.server.log import StreamLog
 from lp_edge.runtime.server.metrics import Metrics
@@ -43,6 +45,7 @@ T = TypeVar("T")
 
 _RETRY_S = 1.0
 _GPU_WAIT_S = 0.002
+_WARM_FRAMES = 4  # the launch of a shape is recorded when it comes the second time, and replayed from then on
 _LIBRARIES = ("numpy", "onnxruntime", "onnxruntime-gpu", "opencv-python-headless", "av", "grpcio", "protobuf")
 
 
@@ -88,7 +91,22 @@ class Device:
                 Animator(bundle, backend=backend, face_models=config.face_models, wrap=self.worker.wrap)
             )
             self._name = self.animator.finder.mesh.runner.device
+            if self.animator.family.resident:
+                self._warm_up()
             self._stack = stack.pop_all()
+
+    def _warm_up(self) -> None:
+        """Draw some frames so that no caller waits for engines, measured kernels and recorded launches."""
+        started = time.monotonic()
+        picture = read_image(demo_picture())
+        try:
+            live = self.animator.live(picture)
+            for number in range(_WARM_FRAMES):
+                live.step(picture, number / 25)
+        except NoFaceError as error:
+            _LOG.info("device %d: not warmed up: %s", self.index, error.got)
+        else:
+            _LOG.info("device %d: warmed up in %.1f s", self.index, time.monotonic() - started)
 
     @property
     def name(self) -> str:

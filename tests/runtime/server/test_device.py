@@ -30,6 +30,7 @@ from lp_edge.engines.device import DeviceArray
 from lp_edge.engines.runner import Runner
 from lp_edge.proto.v1 import animation_pb2, portraits_pb2
 from lp_edge.runtime.cast import AnimatedFrame, DrawnFrame
+from lp_edge.runtime.image import write_image
 from lp_edge.runtime.server.config import Limits
 from lp_edge.runtime.server.portraits import StoredPortrait, memory_of
 from lp_edge.tests.fake_cuda.device import H200, ORIN, FakeCuda, Personality
@@ -633,3 +634,45 @@ def test_a_rendering_that_ends_early_leaves_nothing(
 async def drained(call: Any) -> None:
     while await call.read() is not grpc.aio.EOF:
         pass
+
+
+# -- before the first stream -----------------------------------------------------------------------------------
+
+
+def test_a_device_is_warm_before_it_serves(
+    machine: Machine,
+    config: BackendConfig,
+    liveportrait_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Engines are built, also of what pastes, and the network that draws is replayed."""
+    write_image(tmp_path / "demo.png", face())
+    monkeypatch.setattr("lp_edge.runtime.server.core.demo_picture", lambda: tmp_path / "demo.png")
+    world = machine()
+    caplog.set_level(logging.INFO, "lp_edge")
+
+    async def scenario() -> None:
+        async with serving(liveportrait_bundle, backend=config) as server:
+            assert "device 0: warmed up in" in caplog.text
+            built = len(world.builds)
+            assert any("paste_still" in path.name for path in (tmp_path / "engines").iterdir())
+            await driven(await server.animate(await server.register(face()), mode=LOSSLESS), driver(2))
+            assert len(world.builds) == built
+
+    run(scenario())
+
+
+def test_a_bundle_that_sees_no_face_in_the_demo_picture_serves_all_the_same(
+    machine: Machine, config: BackendConfig, toy_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write_image(tmp_path / "demo.png", face(None))
+    monkeypatch.setattr("lp_edge.runtime.server.core.demo_picture", lambda: tmp_path / "demo.png")
+    machine()
+
+    async def scenario() -> None:
+        async with serving(toy_bundle, backend=config) as server:
+            await driven(await server.animate(await server.register(face()), mode=LOSSLESS), driver(2))
+
+    run(scenario())
