@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from lp_edge.runtime.faces import Face
     from lp_edge.runtime.family import Portrait
     from lp_edge.runtime.gestures import builtin_template
+    from lp_edge.runtime.hardware_video import VideoConfig
     from lp_edge.runtime.job import Progress, RunConfig, RunResult, animate, run_job
     from lp_edge.runtime.keyframes import Keyframes, load_keyframes
     from lp_edge.runtime.live import LiveAnimation
@@ -101,6 +102,7 @@ __all__ = [
     "ServerUnavailable",
     "Stopwatch",
     "TensorError",
+    "VideoConfig",
     "__version__",
     "animate",
     "available_backends",
@@ -123,6 +125,7 @@ _HOMES = {
     "lp_edge.runtime.faces": ("Face",),
     "lp_edge.runtime.family": ("Portrait",),
     "lp_edge.runtime.gestures": ("builtin_template",),
+    "lp_edge.runtime.hardware_video": ("VideoConfig",),
     "lp_edge.runtime.job": ("Progress", "RunConfig", "RunResult", "animate", "run_job"),
     "lp_edge.runtime.keyframes": ("Keyframes", "load_keyframes"),
     "lp_edge.runtime.live": ("LiveAnimation",),
