@@ -19,7 +19,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +32,10 @@ from lp_edge.engines.backends import BackendConfig, open_runner
 from lp_edge.engines.runner import to_host
 from lp_edge.errors import LpEdgeError
 from lp_edge.export import device_graphs as graphs
+from lp_edge.export.cost import cost
 from lp_edge.export.onnx_export import node_count, serialise
 from lp_edge.runtime.crop import cut
-from lp_edge.runtime.device_inputs import mesh_inputs, paste_matrix, resize_weights, sampling_matrix
-from lp_edge.runtime.faces import CropTransform, DetectorConfig, FaceDetector
+from lp_edge.runtime.device_inputs import paste_matrix, resize_weights, sampling_matrix
 from lp_edge.runtime.paste_back import PastePlan, crop_mask, paste_back, soft_mask
 from lp_edge.runtime.provenance import provenance
 from lp_edge.runtime.resample import resize_crop
@@ -155,40 +155,6 @@ def placed(at: tuple[int, int], size: int, share: float = 0.75, degrees: float =
     )
 
 
-def mesh_case(frame: U8, transforms: Sequence[CropTransform], halvings: int) -> Case:
-    """Several crops that need the same number of halvings."""
-    given = [mesh_inputs(t, (frame.shape[1], frame.shape[0])) for t in transforms]
-    if {g[0] for g in given} != {halvings}:
-        raise ValueError("crops of other halvings")
-    feeds: Feeds = {names.FRAME: frame[None], names.MATRIX: np.concatenate([g[1] for g in given])}
-    if halvings:
-        feeds[names.ORIGIN] = np.concatenate([g[2] for g in given])
-    return Case(feeds, lambda: stacked([t.apply(frame) for t in transforms]))
-
-
-def meshing(size: int, halvings: int) -> Operation:
-    # A crop is halved k times from a reduction of 1.875 · 2^(k-1) to one of 1.875 · 2^k.
-    low = 0.3 if halvings == 0 else 1.875 * 2 ** (halvings - 1)
-    reductions = (low * 1.001, 1.875 * 2**halvings * 0.999)
-
-    def transform(rng: Rng, at: tuple[int, int]) -> CropTransform:
-        x, y = rng.uniform(-0.3, 1.3, 2) * at
-        return CropTransform((x, y), size * rng.uniform(*reductions), rng.uniform(-4, 4), size)
-
-    def draw(rng: Rng) -> Case:
-        at = frame_size(rng)
-        return mesh_case(picture(rng, *at), [transform(rng, at) for _ in range(2)], halvings)
-
-    def real(rng: Rng, at: tuple[int, int]) -> Case:
-        middle = CropTransform((at[0] / 2, at[1] / 2), size * math.sqrt(math.prod(reductions)), 0.2, size)
-        return mesh_case(picture(rng, *at), [middle], halvings)
-
-    cases = 1.0 if halvings < 3 else 0.2
-    return Operation(
-        lambda flavor="main": graphs.mesh_crop_graph(size, halvings, flavor=flavor), draw, real, cases=cases
-    )
-
-
 # -- resizing ---------------------------------------------------------------------------------------------
 
 
@@ -205,54 +171,6 @@ def resizing(given: int, wanted: int) -> Operation:
         warps=False,
         cases=0.1,
     )
-
-
-class Listener:
-    """A detector network that finds nothing and keeps what it was shown."""
-
-    name, backend, device = "listener", "none", "cpu"
-    inputs = (names.IMAGE,)  # looked up by name only
-    outputs = (names.BOXES, names.SCORES, names.POINTS)
-    shown: U8
-
-    def infer(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
-        """Keep the picture."""
-        self.shown = np.array(feeds[names.IMAGE])
-        shapes = {names.BOXES: (1, 0, 4), names.SCORES: (1, 0), names.POINTS: (1, 0, 5, 2)}
-        return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-
-
-def letterbox_case(frame: U8, config: DetectorConfig, canvas: tuple[int, int]) -> Case:
-    """What the detector shows its network, on a canvas that is perhaps larger."""
-    height, width = frame.shape[:2]
-    longer = max(height, width)
-    target = min(max(longer, config.enlarged), config.longest)
-    size = [max(1, round(side * target / longer)) for side in (height, width)]
-
-    def twin() -> U8:
-        listener = Listener()
-        FaceDetector(listener, config).detect(frame)  # type: ignore[arg-type]
-        shown = listener.shown
-        whole = np.zeros((1, *canvas, 3), np.uint8)
-        whole[:, : shown.shape[1], : shown.shape[2]] = shown
-        return whole
-
-    return Case({names.FRAME: frame[None], names.PLACED: np.array([size], np.float32)}, twin)
-
-
-def letterboxing() -> Operation:
-    small, large = DetectorConfig(longest=96, enlarged=64), DetectorConfig()
-
-    # The canvas is part of the graph: small for random frames; that of 16:9 for real ones.
-    return Operation(
-        lambda flavor="main", canvas=(96, 96): graphs.letterbox_graph(canvas, flavor=flavor),
-        lambda rng: letterbox_case(picture(rng, *frame_size(rng)), small, (96, 96)),
-        lambda rng, at: letterbox_case(picture(rng, *at), large, DETECTOR_CANVAS),
-        warps=False,
-    )
-
-
-DETECTOR_CANVAS = (384, 640)
 
 
 # -- pasting ----------------------------------------------------------------------------------------------
@@ -338,7 +256,7 @@ def rect_pasting() -> Operation:
 def cut_case(frame: U8, x0: int, x1: int) -> Case:
     """Columns of all lines."""
     feeds: Feeds = {names.FRAME: frame[None], names.COLUMNS: np.arange(x0, x1, dtype=np.float32)}
-    return Case(feeds, lambda: frame[None, :, x0:x1])
+    return Case(feeds, lambda: np.ascontiguousarray(frame[None, :, x0:x1]))
 
 
 def cutting() -> Operation:
@@ -354,17 +272,15 @@ def cutting() -> Operation:
     return Operation(lambda flavor="main": graphs.cut_graph(flavor=flavor), draw, real, warps=False)
 
 
-def operations(crop: int = 512, mesh: int = 192) -> dict[str, Operation]:
-    """All graphs by name, for crops of these sides."""
+def operations(crop: int = 512) -> dict[str, Operation]:
+    """All graphs by name, for crops of this side."""
     return {
         "crop": cropping(crop, 1),
         "crop_halved": cropping(crop, 2),
-        **{f"mesh_crop_{halvings}": meshing(mesh, halvings) for halvings in range(graphs.MAX_HALVINGS + 1)},
         "resize_512_to_256": resizing(512, 256),
         "resize_512_to_128": resizing(512, 128),
         "resize_512_to_300": resizing(512, 300),
         "resize_512_to_1024": resizing(512, 1024),
-        "letterbox": letterboxing(),
         "cut": cutting(),
         "paste": pasting(crop, False),
         "paste_mask": pasting(crop, True),
@@ -432,12 +348,6 @@ def paired(
     return statistics.median(times[0]) * 1e3, statistics.median(times[1]) * 1e3, ratio
 
 
-def real_graph(name: str) -> Any:
-    """The graph for real frames."""
-    build = OPERATIONS[name].graph
-    return build(canvas=DETECTOR_CANVAS) if name == "letterbox" else build()
-
-
 def parity_rows(name: str, cases: int, threads: int) -> Iterator[dict[str, Any]]:
     """One record per flavour."""
     operation = OPERATIONS[name]
@@ -458,7 +368,7 @@ def parity_rows(name: str, cases: int, threads: int) -> Iterator[dict[str, Any]]
 
 def time_rows(name: str, repeat: int, threads: int, sizes: Sequence[str]) -> Iterator[dict[str, Any]]:
     """One record per frame size."""
-    data = serialise(real_graph(name))
+    data = serialise(OPERATIONS[name].graph())
     with open_runner(data, BackendConfig("cpu", threads=threads), name="device") as runner:
         for label in sizes:
             case = OPERATIONS[name].real(np.random.default_rng(0), FRAMES[label])
@@ -480,10 +390,10 @@ def time_rows(name: str, repeat: int, threads: int, sizes: Sequence[str]) -> Ite
 
 def cost_rows(name: str, sizes: Sequence[str]) -> Iterator[dict[str, Any]]:
     """One record per frame size; none of it depends on the machine."""
-    model = real_graph(name)
+    model = OPERATIONS[name].graph()
     for label in sizes:
         case = OPERATIONS[name].real(np.random.default_rng(0), FRAMES[label])
-        counted = graphs.cost(model, {key: array.shape for key, array in case.feeds.items()})
+        counted = cost(model, {key: array.shape for key, array in case.feeds.items()})
         yield {
             "benchmark": "cost",
             "graph": name,

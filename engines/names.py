@@ -29,13 +29,11 @@ __all__ = [
     "MATRIX",
     "MOTION",
     "OCCLUSION_MAP",
-    "ORIGIN",
     "PASTE_MOVING",
     "PASTE_RECT",
     "PASTE_STILL",
     "PATCH",
     "PITCH",
-    "PLACED",
     "POINTS",
     "RESIZE_CROPS",
     "RETARGET_EYE",
@@ -103,8 +101,6 @@ COLUMNS: Final = "columns"
 CROP: Final = "crop"
 PATCH: Final = "patch"
 MATRIX: Final = "matrix"
-ORIGIN: Final = "origin"
-PLACED: Final = "placed"
 WEIGHT: Final = "weight"
 WEIGHTS: Final = "weights"
 MASK: Final = "mask"

@@ -1,9 +1,9 @@
 """The image operations around the networks as ONNX graphs, for frames that stay on a device.
 
 On a CPU, OpenCV and NumPy cut crops, resize them and paste them back (:mod:`lp_edge.runtime.crop`,
-:mod:`~lp_edge.runtime.faces`, :mod:`~lp_edge.runtime.resample`, :mod:`~lp_edge.runtime.paste_back`: the *twins*). The graphs
-here give the same pixels, within one grey level, on whatever runs ONNX. All take and return uint8 NHWC RGB and compute in
-float32; a float32 input carries the geometry, made on the host in float64 by :mod:`lp_edge.runtime.device_inputs`.
+:mod:`~lp_edge.runtime.resample`, :mod:`~lp_edge.runtime.paste_back`: the *twins*). The graphs here give the same pixels,
+within one grey level, on whatever runs ONNX. All take and return uint8 NHWC RGB and compute in float32; a float32 input
+carries the geometry, made on the host in float64 by :mod:`lp_edge.runtime.device_inputs`.
 
 ``python -m lp_edge.export.device_graphs [FOLDER]`` writes the graphs that :class:`lp_edge.runtime.pixels.DevicePixels` runs
 (:func:`shipped`); they are part of the package, so that it needs no PyTorch.
@@ -31,50 +31,27 @@ from __future__ import annotations
 
 import argparse
 import functools
-import math
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal
 
-import numpy as np
 import onnx  # noqa: TID253
-import onnxruntime
 import torch  # noqa: TID253
 import torch.nn.functional as F  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 
 from lp_edge.engines import names
-from lp_edge.engines.names import (
-    COLUMNS,
-    CROP,
-    FRAME,
-    IMAGE,
-    MASK,
-    MATRIX,
-    ORIGIN,
-    PATCH,
-    PLACED,
-    WEIGHT,
-    WEIGHTS,
-)
-from lp_edge.errors import ConfigError, ExportError
+from lp_edge.engines.names import COLUMNS, CROP, FRAME, IMAGE, MASK, MATRIX, PATCH, WEIGHT, WEIGHTS
+from lp_edge.errors import ConfigError
 from lp_edge.export.onnx_export import Shape, export_onnx, save
 from lp_edge.runtime import pixels
 from lp_edge.runtime.crop import CROP_SIZE
 
 __all__ = [
-    "MAX_HALVINGS",
     "OPSETS",
-    "Cost",
-    "cost",
     "crop_graph",
     "cut_graph",
-    "letterbox_graph",
-    "mesh_crop_graph",
     "paste_graph",
     "rect_paste_graph",
     "resize_graph",
@@ -82,13 +59,9 @@ __all__ = [
 ]
 
 Flavor = Literal["main", "tensorrt8"]
-_Address: TypeAlias = Callable[[Tensor], Tensor]
 
 OPSETS: Final[Mapping[str, int]] = {"main": 17, "tensorrt8": 16}
 """Flavour -> opset, as for the networks; the graphs are alike in both."""
-
-MAX_HALVINGS: Final = 3
-"""Most halvings of :func:`mesh_crop_graph`: a crop then shows up to 15 times its side in frame pixels."""
 
 _CUBIC = -0.75  # OpenCV's INTER_CUBIC
 _FAR = 1e9  # px; whatever is that far away weighs nothing
@@ -127,21 +100,6 @@ def _taps(position: Tensor, last: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[
     )
 
 
-def _bilinear(
-    x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor], column: _Address, row: _Address, read: _Address
-) -> Tensor:
-    """Weigh four pixels, 0 beyond the border.
-
-    Args:
-        x, y: positions ``[N, h, w]``, and the last column and row.
-        column, row: a column's and a row's part of an address.
-        read: addresses → ``[N, h, w, C]``.
-    """
-    columns, rows = ([(part(i), weight) for i, weight in _taps(*at)] for at, part in ((x, column), (y, row)))
-    terms = (read(down + along) * (a * b)[..., None] for down, a in rows for along, b in columns)
-    return functools.reduce(torch.add, terms)
-
-
 def _whole(length: Tensor | int) -> Tensor:
     """A size as int32."""
     return torch.scalar_tensor(length, dtype=torch.int32)
@@ -151,25 +109,22 @@ def _last(length: Tensor | int) -> Tensor:
     return torch.scalar_tensor(length, dtype=torch.float32) - 1.0
 
 
-def _pixels(pictures: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 ``[B, H, W, C]`` → its pixels ``[B·H·W, C]`` and the address of each picture's first one ``[B, 1, 1]``."""
-    count, height, width, channels = pictures.shape
-    first = torch.arange(count, dtype=torch.int32)[:, None, None] * (_whole(height) * _whole(width))
-    return pictures.reshape(-1, channels), first
-
-
 def _sample(pictures: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Bilinear, 0 beyond the border: ``[B, H, W, C]`` at ``[N, h, w]`` → ``[max(B, N), h, w, C]``; of B and N one is 1 or both
     are equal."""
-    height, width = pictures.shape[1], pictures.shape[2]
-    flat, first = _pixels(pictures)
-    return _bilinear(
-        (x, _last(width)),
-        (y, _last(height)),
-        lambda index: index,
-        lambda index: index * _whole(width) + first,
-        lambda address: F.embedding(address, flat),
+    height, width = pictures.shape[1:3]
+    count, channels = pictures.shape[0], pictures.shape[3]
+    first = torch.arange(count, dtype=torch.int32)[:, None, None] * (_whole(height) * _whole(width))
+    pixels = pictures.reshape(-1, channels)
+    right, bottom = _last(width), _last(height)
+    columns = _taps(x, right)
+    rows = [(index * _whole(width) + first, weight) for index, weight in _taps(y, bottom)]
+    terms = (
+        F.embedding(row + column, pixels) * (down * along)[..., None]
+        for row, down in rows
+        for column, along in columns
     )
+    return functools.reduce(torch.add, terms)
 
 
 def _mean_of_blocks(x: Tensor, side: int, factor: int) -> Tensor:
@@ -189,21 +144,6 @@ def _planes(image: Tensor) -> Tensor:
 def _image(planes: Tensor) -> Tensor:
     """Rounded (halves up, as OpenCV's whole numbers are) and clipped: planes → float32 ``[N, H, W, 3]``."""
     return torch.floor(planes + 0.5).clamp(0.0, 255.0).permute(0, 2, 3, 1)
-
-
-def _area_or_linear(canvas: int, given: Tensor | int, wanted: Tensor) -> Tensor:
-    """Weights ``[B, canvas, given]`` that make ``wanted [B, 1, 1]`` pixels of ``given``; 0 from row ``wanted`` on.
-
-    Fewer pixels: how much of an output pixel an input pixel covers. More: linear between centres, the outermost ones repeated.
-    """
-    out, into = _axis(canvas)[None, :, None], _axis(given)[None, None]
-    length = torch.scalar_tensor(given, dtype=torch.float32)
-    scale = length / wanted
-    covered = torch.minimum((out + 1.0) * scale, into + 1.0) - torch.maximum(out * scale, into)
-    centre = torch.minimum(((out + 0.5) * scale - 0.5).clamp_min(0.0), length - 1.0)
-    near = 1.0 - (centre - into).abs()
-    weights = torch.where(scale >= 1.0, covered / scale, near).clamp_min(0.0)
-    return weights * (out < wanted).to(torch.float32)
 
 
 def _cubic(given: Tensor | int, wanted: Tensor | int) -> Tensor:
@@ -246,73 +186,11 @@ class _Crop(nn.Module):
         return crop.to(torch.uint8)
 
 
-class _ReducedCrop(nn.Module):
-    """See :func:`mesh_crop_graph`."""
-
-    dx: Tensor
-    dy: Tensor
-
-    def __init__(self, size: int, halvings: int) -> None:
-        super().__init__()
-        self.size, self.halvings = size, halvings
-        # A block's pixels in Morton order: any four that follow each other are a square, of which any four are …
-        order = np.arange(4**halvings)
-        dx, dy = (sum(((order >> (2 * bit + axis)) & 1) << bit for bit in range(halvings)) for axis in (0, 1))
-        self.register_buffer("dx", torch.as_tensor(dx, dtype=torch.int32)[:, None])
-        self.register_buffer("dy", torch.as_tensor(dy, dtype=torch.int32)[:, None])
-
-    def forward(self, frame: Tensor, matrix: Tensor, origin: Tensor) -> Tensor:
-        block, line = 2**self.halvings, _axis(self.size)
-        height, width = frame.shape[1], frame.shape[2]
-        flat, first = _pixels(frame.to(torch.float32))
-        ends, origins = (_last(width), _last(height)), origin.reshape(-1, 2, 1, 1).unbind(1)
-
-        def along(axis: int, offsets: Tensor) -> _Address:
-            start, end = origins[axis].to(torch.int32), ends[axis].to(torch.int32)
-
-            def pixels(index: Tensor) -> Tensor:
-                # Beyond the frame the outermost pixels are repeated, as far as the last block goes.
-                inside = (index * block + start).reshape(-1, 1, self.size**2) + offsets
-                return torch.minimum(inside, end)
-
-            return pixels
-
-        def read(address: Tensor) -> Tensor:
-            # The block's pixels come before those of the crop, so that whole planes are added.
-            pixels = F.embedding(address, flat)
-            for _ in range(self.halvings):
-                pixels = torch.floor((pixels.reshape(-1, 4, 3 * self.size**2).sum(1) + 2.0) * 0.25)
-            return pixels.reshape(-1, self.size, self.size, 3)
-
-        across, down = along(0, self.dx), along(1, self.dy)
-        last_x, last_y = (torch.floor((end - o) / block) for end, o in zip(ends, origins, strict=True))
-        x, y = _positions(matrix, line, line)
-        image = _bilinear(
-            (x, last_x), (y, last_y), across, lambda row: down(row) * _whole(width) + first, read
-        )
-        return torch.round(image).to(torch.uint8)
-
-
 class _Resize(nn.Module):
     """See :func:`resize_graph`."""
 
     def forward(self, crop: Tensor, weights: Tensor) -> Tensor:
         return _image(weights @ _planes(crop) @ weights.T).to(torch.uint8)
-
-
-class _Letterbox(nn.Module):
-    """See :func:`letterbox_graph`."""
-
-    def __init__(self, canvas: tuple[int, int]) -> None:
-        super().__init__()
-        self.canvas = canvas
-
-    def forward(self, frame: Tensor, placed: Tensor) -> Tensor:
-        height, width = placed.reshape(-1, 2, 1, 1).unbind(1)
-        down = _area_or_linear(self.canvas[0], frame.shape[1], height)
-        across = _area_or_linear(self.canvas[1], frame.shape[2], width)
-        # Rows first: their product is the large one, and there are fewer of them than columns.
-        return _image(down[:, None] @ _planes(frame) @ across.transpose(1, 2)[:, None]).to(torch.uint8)
 
 
 class _Cut(nn.Module):
@@ -429,45 +307,6 @@ def crop_graph(size: int = CROP_SIZE, *, reduce: int = 1, flavor: Flavor = "main
     return _export(_Crop(size, reduce), inputs, ("crops", side, side, 3), flavor)
 
 
-def mesh_crop_graph(size: int, halvings: int = 1, *, flavor: Flavor = "main") -> onnx.ModelProto:
-    """Turned crops for the mesh network, as :meth:`lp_edge.runtime.faces.CropTransform.apply` cuts them.
-
-    A crop that shrinks its part of the frame by 1.875 and more reads pixels that were halved by averaging first, each time
-    rounded to a whole number. The twin halves a part of the frame; here every output pixel averages the blocks that it
-    reads, 4 · 4^halvings frame pixels: sizes do not depend on where the crop lies, and less is read than a turned crop's
-    bounding square holds. For 192 px they fill 1.8, 7 or 28 MB of float32 four times, hence :data:`MAX_HALVINGS`.
-
-    Tensors of the graph:
-        ``frame`` uint8 ``[frames, H, W, 3]``: one frame for all crops, or one for each.
-        ``matrix`` float32 ``[crops, 2, 3]``: crop px → pixels of the reduced part.
-        ``origin`` float32 ``[crops, 2]``: x, y of that part in the frame, whole px within it (not with ``halvings`` 0).
-        ``image`` uint8 ``[crops, size, size, 3]``.
-
-    :func:`~lp_edge.runtime.device_inputs.mesh_inputs` makes ``matrix`` and ``origin`` and says how many halvings a crop needs.
-
-    Args:
-        size: side of the crops, px: that of the network.
-        halvings: 0 to :data:`MAX_HALVINGS`; with 0 it is :func:`crop_graph`.
-        flavor: see :data:`OPSETS`.
-
-    Raises:
-        ConfigError: a size does not fit, or the flavour is unknown.
-    """
-    _check_sides(size=size)
-    if not 0 <= halvings <= MAX_HALVINGS:
-        raise ConfigError(
-            f"{halvings} halvings", f"expected 0 to {MAX_HALVINGS}", "reduce the frame before it is cropped"
-        )
-    if not halvings:
-        return crop_graph(size, flavor=flavor)
-    inputs: dict[str, tuple[Shape, torch.dtype]] = {
-        FRAME: (("frames", "H", "W", 3), _U8),
-        MATRIX: (("crops", 2, 3), _F32),
-        ORIGIN: (("crops", 2), _F32),
-    }
-    return _export(_ReducedCrop(size, halvings), inputs, ("crops", size, size, 3), flavor)
-
-
 def resize_graph(*, flavor: Flavor = "main") -> onnx.ModelProto:
     """Square crops of another size, as :func:`lp_edge.runtime.resample.resize_crop`: averages of areas, or Lanczos over 8 x 8
     pixels. Which of these, and the sizes, are in the weights.
@@ -509,36 +348,6 @@ def cut_graph(*, flavor: Flavor = "main") -> onnx.ModelProto:
         COLUMNS: (("w",), _F32),
     }
     return _export(_Cut(), inputs, ("frames", "H", "w", 3), flavor)
-
-
-def letterbox_graph(canvas: tuple[int, int], *, flavor: Flavor = "main") -> onnx.ModelProto:
-    """Frames resized into the top left of a black canvas, as :meth:`lp_edge.runtime.faces.FaceDetector.detect` does for its
-    network: by areas where the frame shrinks, linear where it grows.
-
-    With ``placed`` equal to the canvas it is a plain resize to a fixed size, such as that of uncropped driving frames to 256 px.
-    The canvas is an attribute, since sizes must not depend on values; the twin's is ``placed`` rounded up to multiples of 32,
-    one for all frames of a clip. (Uncropped driving frames have INTER_AREA for a twin, which in OpenCV is yet
-    another filter as soon as one side grows: equal only for frames of 256 px and more a side.) The products are dense (FLOPs grow with the frame's area times the canvas' height), which is
-    affordable because detection is not a step of every frame.
-
-    Tensors of the graph:
-        ``frame`` uint8 ``[frames, H, W, 3]``.
-        ``placed`` float32 ``[frames, 2]``: height, width of the resized frame, whole px, at most the canvas.
-        ``image`` uint8 ``[frames, height, width, 3]``.
-
-    Args:
-        canvas: height, width, px.
-        flavor: see :data:`OPSETS`.
-
-    Raises:
-        ConfigError: a size does not fit, or the flavour is unknown.
-    """
-    _check_sides(height=canvas[0], width=canvas[1])
-    inputs: dict[str, tuple[Shape, torch.dtype]] = {
-        FRAME: (("frames", "H", "W", 3), _U8),
-        PLACED: (("frames", 2), _F32),
-    }
-    return _export(_Letterbox(canvas), inputs, ("frames", *canvas, 3), flavor)
 
 
 def paste_graph(*, warp_mask: bool = False, flavor: Flavor = "main") -> onnx.ModelProto:
@@ -613,157 +422,6 @@ def shipped() -> dict[str, onnx.ModelProto]:
     """The graphs of ``runtime/device_graphs`` by name of the file. Opset 16, which both flavours' targets take; equal
     versions of PyTorch give equal bytes."""
     return {name: make(flavor="tensorrt8") for name, make in _SHIPPED.items()}
-
-
-# -- what a graph costs -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Work of a graph at given sizes.
-
-    Attributes:
-        flops: operations on numbers: a product of matrices two per term, anything else one per element of the result,
-            conversions and copies none; arithmetic of addresses is counted alike.
-        boundary_bytes: inputs and outputs, each once.
-        fused_bytes: what is moved when element-wise operations that follow each other are one kernel, as TensorRT makes them:
-            every tensor that an input, an output, a gather, a product, a sum, a transposition or a concatenation touches.
-        node_bytes: what is moved when every node is a kernel of its own.
-    """
-
-    flops: int
-    boundary_bytes: int
-    fused_bytes: int
-    node_bytes: int
-
-    def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """The roofline's estimate: the longer of computing and of moving ``fused_bytes``."""
-        return max(self.flops / flops_per_second, self.fused_bytes / bytes_per_second)
-
-
-_FREE = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Identity"})  # another view of the same memory
-_MOVES = frozenset({"Concat", "Expand", "Gather", "Slice", "Split", "Transpose"})
-
-
-def cost(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> Cost:
-    """Count the work of a graph.
-
-    What does not depend on values at these sizes, such as the coordinates of pixels, is folded by ONNX Runtime first and
-    counts as a weight that is read. A gather reads as much as it returns, and its indices.
-
-    Args:
-        model: a graph of this module, or any without control flow.
-        shapes: name of every input → its size.
-
-    Raises:
-        ExportError: a size is missing or does not fit, or a size inside the graph depends on values.
-
-    Example:
-        >>> cost(resize_graph(), {"crop": (1, 512, 512, 3), "weights": (256, 512)}).boundary_bytes
-        1507328
-    """
-    graph = _folded(model, shapes).graph
-    sizes = {t.name: list(t.dims) for t in graph.initializer}
-    width = {t.name: _itemsize(t.data_type) for t in graph.initializer}
-    for value in (*graph.input, *graph.value_info, *graph.output):
-        kind = value.type.tensor_type
-        sizes[value.name] = [dim.dim_value for dim in kind.shape.dim]
-        width[value.name] = _itemsize(kind.elem_type)
-    unknown = [n for node in graph.node for n in node.output if 0 in sizes.get(n, [0])]
-    if unknown:
-        raise ExportError(
-            f"the size of {', '.join(unknown)} depends on values",
-            "expected sizes that follow from those of the inputs",
-            "use a graph of this module",
-        )
-    elements = {name: math.prod(dims) for name, dims in sizes.items()}
-    nbytes = {name: elements[name] * width[name] for name in sizes}
-    origin: dict[str, str] = {}  # of a view: the tensor that it shows
-    edge = {value.name for value in (*graph.input, *graph.output)}
-    read_by_kernel: dict[str, int] = defaultdict(
-        int
-    )  # tensor -> bytes that operations other than element-wise ones read
-    read_by_fused: set[str] = set()
-    written: dict[str, bool] = {}  # tensor -> whether an element-wise operation made it
-    flops = alone = 0
-    for node in graph.node:
-        read, out = [origin.get(name, name) for name in node.input if name], node.output[0]
-        if node.op_type in _FREE:
-            origin[out] = read[0]
-            if out in edge:
-                edge.add(read[0])
-            continue
-        pointwise = not (
-            node.op_type in _MOVES or node.op_type == "MatMul" or node.op_type.startswith("Reduce")
-        )
-        if node.op_type == "MatMul":
-            flops += 2 * elements[out] * sizes[node.input[0]][-1]
-        elif node.op_type.startswith("Reduce"):
-            flops += elements[read[0]]
-        elif pointwise and node.op_type != "Cast":
-            flops += elements[out]
-        taken = {name: nbytes[name] for name in read}
-        if node.op_type == "Gather":
-            taken[read[0]] = nbytes[out]
-        alone += sum(taken.values()) + sum(nbytes[name] for name in node.output)
-        written.update(dict.fromkeys(node.output, pointwise))
-        if pointwise:
-            read_by_fused.update(read)
-        else:
-            for name, amount in taken.items():
-                read_by_kernel[name] += amount
-    fused = sum(read_by_kernel.values())
-    fused += sum(
-        nbytes[name]
-        for name, pointwise in written.items()
-        if not pointwise or name in edge or name in read_by_kernel
-    )
-    fused += sum(
-        nbytes[name]
-        for name in read_by_fused
-        if not written.get(name, False) or name in edge or name in read_by_kernel
-    )
-    boundary = sum(nbytes[value.name] for value in (*graph.input, *graph.output))
-    return Cost(flops, boundary, fused, alone)
-
-
-def _itemsize(dtype: int) -> int:
-    return int(onnx.helper.tensor_dtype_to_np_dtype(dtype).itemsize)
-
-
-def _folded(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> onnx.ModelProto:
-    """The model at fixed sizes with constants folded and all sizes known."""
-    fixed = onnx.ModelProto()
-    fixed.CopyFrom(model)
-    names = {value.name for value in fixed.graph.input}
-    if names != shapes.keys():
-        raise ExportError(
-            f"sizes of {sorted(shapes)}", f"expected those of {sorted(names)}", "name all inputs"
-        )
-    named: dict[str, int] = {}
-    for value in fixed.graph.input:
-        dims, given = value.type.tensor_type.shape.dim, shapes[value.name]
-        known = [dim.dim_value or size for dim, size in zip(dims, given, strict=False)]
-        if len(dims) != len(given) or known != list(given):
-            raise ExportError(
-                f"size {tuple(given)} for {value.name}", "expected one that fits it", "correct it"
-            )
-        for dim, size in zip(dims, given, strict=True):
-            named[dim.dim_param] = max(size, named.get(dim.dim_param, 0))
-            dim.dim_value = size
-    for value in fixed.graph.output:
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param:
-                dim.dim_value = named[dim.dim_param]
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "folded.onnx"
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        options.optimized_model_filepath = str(path)
-        options.log_severity_level = 3
-        onnxruntime.InferenceSession(fixed.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        folded = onnx.load(path)
-    return onnx.shape_inference.infer_shapes(folded, data_prop=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

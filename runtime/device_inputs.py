@@ -5,16 +5,14 @@ Maps are inverted in float64 and handed over as float32. The graphs are those of
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
 from lp_edge.errors import ConfigError
-from lp_edge.runtime.faces import HALVE_FROM, CropTransform
 
-__all__ = ["mesh_inputs", "paste_matrix", "resize_weights", "sampling_matrix"]
+__all__ = ["paste_matrix", "resize_weights", "sampling_matrix"]
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -67,31 +65,6 @@ def paste_matrix(to_frame: npt.ArrayLike, origin: tuple[int, int]) -> F32:
     if moved.shape in ((2, 3), (3, 3)):
         moved[:2, 2] -= origin
     return sampling_matrix(moved)
-
-
-def mesh_inputs(transform: CropTransform, frame_size: tuple[int, int]) -> tuple[int, F32, F32]:
-    """What a graph for turned crops of the mesh network takes for one crop.
-
-    Args:
-        transform: the crop.
-        frame_size: width, height of the frame.
-
-    Returns:
-        halvings that the crop needs (perhaps more than there is a graph for), ``matrix`` ``[1, 2, 3]``, ``origin`` ``[1, 2]``.
-    """
-    matrix = transform.matrix
-    halvings = math.floor(math.log2(max(1.0, 2 / HALVE_FROM / transform.scale)))
-    if not halvings:
-        return 0, sampling_matrix(matrix), np.zeros((1, 2), np.float32)
-    block = 2**halvings
-    # The blocks begin where the twin's part of the frame begins. A crop beyond the frame's end reads nothing from anywhere.
-    low = transform.corners().min(0)
-    origin = np.array(
-        [min(max(0, math.floor(float(v)) - 2 * block), n - 1) for v, n in zip(low, frame_size, strict=True)]
-    )
-    matrix[:, 2] += matrix[:, :2] @ (origin + (block - 1) / 2)
-    matrix[:, :2] *= block
-    return halvings, sampling_matrix(matrix), origin[None].astype(np.float32)
 
 
 @lru_cache(maxsize=4)

@@ -461,8 +461,8 @@ _quiet: list[int] = []  # the level to go back to, once for everyone who decodes
 @contextmanager
 def _quiet_opencv() -> Iterator[None]:
     """OpenCV prints decoding errors to stderr; the caller gets a MediaError instead. Several threads may decode at a time."""
-    # cv2.setLogLevel is not there in OpenCV 5
-    get, put = cv2.utils.logging.getLogLevel, cv2.utils.logging.setLogLevel
+    logging = cv2 if hasattr(cv2, "setLogLevel") else cv2.utils.logging  # the former up to OpenCV 4.12
+    get, put = logging.getLogLevel, logging.setLogLevel
     with _quiet_lock:
         _quiet.append(_quiet[0] if _quiet else get())
         put(0)

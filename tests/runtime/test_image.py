@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pytest
 
 from lp_edge.errors import MediaError, OutputError
-from lp_edge.runtime.image import encode_image, picture_header, read_image, write_image
+from lp_edge.runtime.image import _quiet_opencv, encode_image, picture_header, read_image, write_image
 
 U8 = npt.NDArray[np.uint8]
 
@@ -248,6 +248,23 @@ def test_truncated_pictures_are_refused(
     refused(path, "cut")
     if suffix in (".jpg", ".png", ".webp", ".bmp"):
         assert capfd.readouterr().err == "", "the decoder was not even asked"
+
+
+def test_opencv_speaks_again_when_the_last_thread_has_decoded() -> None:
+    logging = cv2 if hasattr(cv2, "setLogLevel") else cv2.utils.logging
+    before = logging.getLogLevel()
+    logging.setLogLevel(before + 1)
+    try:
+        first, second = _quiet_opencv(), _quiet_opencv()
+        first.__enter__()
+        second.__enter__()
+        assert logging.getLogLevel() == 0
+        first.__exit__(None, None, None)
+        assert logging.getLogLevel() == 0, "another thread still decodes"
+        second.__exit__(None, None, None)
+        assert logging.getLogLevel() == before + 1
+    finally:
+        logging.setLogLevel(before)
 
 
 def test_headers_cut_anywhere_are_refused() -> None:
