@@ -102,15 +102,20 @@ class Backend:
         name: as in ``BackendConfig.backend``.
         title: one line for people.
         rank: order in which ``auto`` tries, smallest first; None = only when asked for by name.
-        remedy: how to get it.
+        how_to_get: what to do to have it; asked when it is needed, because it may depend on the machine.
         open: makes a runner of (path or bytes of an ONNX model, configuration, name in messages).
     """
 
     name: str
     title: str
     rank: int | None
-    remedy: str
+    how_to_get: Callable[[], str]
     open: Factory
+
+    @property
+    def remedy(self) -> str:
+        """How to get it on this machine."""
+        return self.how_to_get()
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ def _ort_backend(provider: str, title: str, rank: int | None) -> Backend:
         return ort.OrtRunner(model, provider, device, config.threads, config.provider_options, name=name)
 
     entry = ort.PROVIDERS[provider]
-    return Backend(entry.backend, title, rank, entry.remedy, make)
+    return Backend(entry.backend, title, rank, lambda: entry.remedy, make)
 
 
 def _tensorrt(model: Path | bytes, config: BackendConfig, name: str) -> Runner:
@@ -145,7 +150,7 @@ BACKENDS: Final[dict[str, Backend]] = {
     for backend in (
         _ort_backend(ort.CPU, "ONNX Runtime on the CPU", 100),
         _ort_backend(ort.CUDA, "ONNX Runtime with CUDA and cuDNN", 10),
-        Backend("tensorrt", "TensorRT", None, trt_build.REMEDY, _tensorrt),
+        Backend("tensorrt", "TensorRT", None, trt_build.remedy, _tensorrt),
         _ort_backend(ort.TENSORRT, "ONNX Runtime with TensorRT", None),
         _ort_backend(ort.TENSORRT_RTX, "ONNX Runtime with TensorRT-RTX", None),
     )

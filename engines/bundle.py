@@ -417,6 +417,11 @@ def _read_key(at: _Reader) -> EngineKey:
     )
 
 
+def read_key(value: object, origin: str) -> EngineKey:
+    """An engine's key from what :func:`key_json` wrote; BundleError, which names ``origin``, when it is none."""
+    return _read_key(_Reader(value, "key", origin, "build the engine again"))
+
+
 def _read_engine(at: _Reader, networks: Mapping[str, NetworkEntry]) -> EngineEntry:
     r = at.record("network", "file", "sha256", "size", "key")
     return EngineEntry(

@@ -1,4 +1,4 @@
-"""CUDA without PyTorch: devices, streams, events, memory, graphs and kernels compiled at run time.
+"""CUDA without PyTorch: devices, streams, events, memory and graphs.
 
 The foreign calls are made by a :class:`~lp_edge.engines.cuda_calls.CudaRuntime`: through the package ``cuda-python``, or
 through the shared libraries themselves (JetPack 5, whose Python has no such package)::
@@ -8,8 +8,6 @@ through the shared libraries themselves (JetPack 5, whose Python has no such pac
         buffer = cuda.alloc(nbytes)
         image.array(np.uint8)[:] = picture
         cuda.copy_to_device(image.array(np.uint8), buffer, stream)
-        double = cuda.kernel(SOURCE, "double_it")
-        double(grid=64, block=256, args=(buffer, np.int32(nbytes)), stream=stream)
         cuda.copy_to_host(buffer, image.array(np.uint8), stream)
         stream.synchronize()  # only now may the host read image, or write into it
 
@@ -20,8 +18,9 @@ return has been done, or at once for use on that same stream (``alloc(..., strea
 
 **Threads.** All methods of :class:`Cuda` may be called from any thread; every call makes the device current in its thread
 first. A stream, an event or a graph may be used by several threads, but then the order of their work is the order of the
-calls. A kernel may be launched from several threads. Close an object only when no other thread is using it. Capture
-concerns the capturing thread alone: others go on allocating and synchronising their own streams.
+calls. Close an object only when no other thread is using it. Capture
+concerns the capturing thread alone: others go on allocating and synchronising their own streams. Threads that came here once
+are not disturbed by what other libraries capture, either (``cudaThreadExchangeStreamCaptureMode``).
 
 The primary context of the device, which ONNX Runtime, TensorRT and PyTorch use as well, stays open until the process ends;
 ``Cuda.close`` frees everything that was allocated through it.
@@ -30,7 +29,6 @@ The primary context of the device, which ONNX Runtime, TensorRT and PyTorch use 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import threading
 import weakref
@@ -38,7 +36,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +46,6 @@ from lp_edge.engines.cuda_calls import (
     NOT_READY,
     CudaRuntime,
     check,
-    get_nvrtc,
     load_driver,
     runtimes,
 )
@@ -61,11 +58,9 @@ __all__ = [
     "Cuda",
     "CudaEvent",
     "CudaGraph",
-    "CudaKernel",
     "CudaRuntime",
     "CudaStream",
     "DeviceBuffer",
-    "OnDevice",
     "PinnedBuffer",
     "SharedCuda",
     "open_cuda",
@@ -242,7 +237,7 @@ class _Buffer(_Closing):
         return self._block is None or self.cuda.closed
 
     def use(self, stream: CudaStream) -> None:
-        """Say that work queued on ``stream`` uses this memory; copies and kernels of this module do so themselves."""
+        """Say that work queued on ``stream`` uses this memory; copies of this module do so themselves."""
         self._open().streams.add(stream)
         if stream._graph is not None:
             stream._graph._buffers[id(self)] = self
@@ -268,17 +263,6 @@ class _Buffer(_Closing):
                 "keep it open until its last use",
             )
         return block
-
-
-class OnDevice(Protocol):
-    """What a kernel takes as a pointer: :class:`DeviceBuffer`, a mapped :class:`PinnedBuffer`, a ``DeviceArray``."""
-
-    @property
-    def pointer(self) -> int:
-        """Its address on the device."""
-
-    def use(self, stream: CudaStream) -> None:
-        """See :meth:`DeviceBuffer.use`."""
 
 
 class DeviceBuffer(_Buffer):
@@ -448,71 +432,6 @@ def size_class(nbytes: int) -> int:
     return -(-nbytes // step) * step
 
 
-class CudaKernel:
-    """A kernel, ready to be launched. Made by :meth:`Cuda.kernel`; freed with its :class:`Cuda`."""
-
-    def __init__(self, cuda: Cuda, name: str, function: int) -> None:
-        self._cuda, self.name, self._function = cuda, name, function
-
-    def __call__(
-        self,
-        grid: int | Sequence[int],
-        block: int | Sequence[int],
-        args: Sequence[OnDevice | np.generic],
-        stream: CudaStream,
-        *,
-        shared_bytes: int = 0,
-    ) -> None:
-        """Queue a launch on ``stream``.
-
-        Args:
-            grid: blocks along x, y, z (up to three numbers).
-            block: threads of a block along x, y, z; 1024 at most in all.
-            args: in the order of the kernel's parameters: memory on the device for pointers, NumPy scalars
-                (``np.int32(3)``) for the rest. CUDA cannot check them: a wrong one reads wrong memory.
-            stream: where it runs.
-            shared_bytes: dynamic shared memory of a block.
-
-        Raises:
-            EngineError: a size is out of range, an argument has no C type, or CUDA refused the launch.
-        """
-        grid, block = _three("grid", grid), _three("block", block)
-        if np.prod(block, dtype=np.int64) > 1024:
-            raise EngineError(
-                f"{self.name}: block {block}", "expected 1024 threads at most", "use a smaller block"
-            )
-        values = []
-        for place, argument in enumerate(args):
-            if isinstance(argument, np.generic):
-                values.append(argument.tobytes())
-            elif hasattr(argument, "pointer"):
-                values.append(argument.pointer.to_bytes(8, "little"))
-            else:
-                raise EngineError(
-                    f"{self.name}: argument {place} is a {type(argument).__name__}",
-                    "expected memory on the device or a NumPy scalar",
-                    "give it the type of the kernel's parameter, for example numpy.int32(...)",
-                )
-        # CUDA copies the values during the call; each in a buffer of its own is aligned for any type.
-        boxes = [ctypes.create_string_buffer(value, len(value)) for value in values]
-        table = (ctypes.c_void_p * (len(boxes) + 1))(*(ctypes.addressof(box) for box in boxes))
-        self._cuda._call(
-            "cuLaunchKernel",
-            *(self._function, *grid, *block, shared_bytes, stream.handle, ctypes.addressof(table), 0),
-            about=f"for {self.name}, grid {grid}, block {block}",
-        )
-        for argument in args:
-            if not isinstance(argument, np.generic):
-                argument.use(stream)
-
-
-def _three(what: str, sizes: int | Sequence[int]) -> tuple[int, ...]:
-    given = (sizes,) if isinstance(sizes, int) else tuple(sizes)
-    if not 1 <= len(given) <= 3 or any(not 1 <= size < 1 << 31 for size in given):
-        raise EngineError(f"{what} is {sizes!r}", "expected one to three numbers from 1", f"correct {what}")
-    return (*given, *(1,) * (3 - len(given)))
-
-
 def _fits(buffer: _Buffer, offset: int, nbytes: int) -> None:
     if min(offset, nbytes) < 0 or offset + nbytes > buffer.nbytes:
         raise TensorError(
@@ -563,7 +482,6 @@ class Cuda(_Closing):
         self.runtime: Final = runtime
         self.device: Final = device
         self._lock = threading.RLock()
-        self._compiling = threading.Lock()
         self._here = threading.local()
         self._context = 0
         self._closed = False
@@ -574,8 +492,6 @@ class Cuda(_Closing):
         self._viewed: weakref.WeakSet[PinnedBuffer] = (
             weakref.WeakSet()
         )  # pinned memory that arrays may be views of
-        self._kernels: dict[tuple[str, tuple[str, ...], str], CudaKernel] = {}
-        self._programs: dict[tuple[str, tuple[str, ...]], int] = {}
         self.driver_version: Final = self._version("cudaDriverGetVersion")
         if self.driver_version == (0, 0):
             raise BackendUnavailable(
@@ -777,7 +693,7 @@ class Cuda(_Closing):
                 context.execute_async_v3(stream.handle)
             graph.launch(stream)
 
-        Inside, this thread may not allocate, compile, synchronise, or copy from and to memory that is not pinned; run
+        Inside, this thread may not allocate, synchronise, or copy from and to memory that is not pinned; run
         the work once before, so that everybody has what they need.
 
         Raises:
@@ -808,72 +724,25 @@ class Cuda(_Closing):
         finally:
             self._call("cudaGraphDestroy", captured)
 
+    @contextlib.contextmanager
+    def captured_elsewhere(self, stream: CudaStream) -> Iterator[None]:
+        """For calls of libraries that may capture ``stream``: until they return, nobody here asks it for its state.
+
+        Its state is asked for when memory that was used on it comes back; such memory then comes back later.
+        """
+        unknown = CudaGraph(self)
+        with self._lock:
+            unknown._join(stream)
+        try:
+            yield
+        finally:
+            unknown._leave()
+
     def _outside_capture(self, what: str) -> None:
         if getattr(self._here, "capturing", False):
             raise EngineError(
                 f"{what} in a capture", "expected it outside", "do it before the with block of capture"
             )
-
-    # -- kernels --------------------------------------------------------------------------------
-
-    def kernel(self, source: str, name: str, *, options: Sequence[str] = ()) -> CudaKernel:
-        """A kernel from CUDA C++ source, compiled for this device by NVRTC; once for each source and options.
-
-        Args:
-            source: CUDA C++ without includes of the host; the kernel is declared ``extern "C" __global__``.
-            name: the kernel.
-            options: further options of NVRTC, e.g. ``--fmad=false`` for results equal to NumPy's.
-
-        Raises:
-            EngineError: it does not compile (with the compiler's words), or has no kernel of that name.
-            BackendUnavailable: NVRTC is not there, or too new for the driver.
-        """
-        key = (source, tuple(options))
-        with self._compiling:
-            if (known := self._kernels.get((*key, name))) is not None:
-                return known
-            self._outside_capture("a kernel cannot be compiled")
-            if key not in self._programs:
-                self._programs[key] = self._load(*key)
-            function = self._get(
-                "cuModuleGetFunction", self._programs[key], name.encode(), about=f"for kernel {name!r}"
-            )
-            return self._kernels.setdefault((*key, name), CudaKernel(self, name, function))
-
-    def _load(self, source: str, options: tuple[str, ...]) -> int:
-        image = ctypes.create_string_buffer(self._compile(source, options))  # PTX must end with a zero
-        module = int(self._get("cuModuleLoadData", ctypes.addressof(image), about="for a compiled kernel"))
-        self._own("cuModuleUnload", module)
-        return module
-
-    def _compile(self, source: str, options: tuple[str, ...]) -> bytes:
-        """Machine code for this device; PTX, which the driver compiles, where NVRTC does not know the device."""
-        mine = 10 * self.compute_capability[0] + self.compute_capability[1]
-        known = self._get("nvrtcGetSupportedArchs")
-        older = [arch for arch in known if arch <= mine]
-        if not older:
-            raise BackendUnavailable(
-                f"NVRTC {'.'.join(map(str, self._call('nvrtcVersion')))} does not compile for {self}",
-                f"expected it to know compute capability {mine / 10} or an older one",
-                f"install an older CUDA: this one begins at {min(known, default=0) / 10}",
-            )
-        exact = mine in older
-        arch = f"--gpu-architecture={'sm' if exact else 'compute'}_{max(older)}"
-        program = self._get("nvrtcCreateProgram", source.encode(), b"lp_edge.cu", 0, [], [])
-        try:
-            flags = [option.encode() for option in (arch, *options)]
-            status = self._make("nvrtcCompileProgram", program, len(flags), flags)[0]
-            if status:
-                log = self._read("nvrtcGetProgramLog", program).rstrip(b"\0").decode(errors="replace").strip()
-                check(self.runtime, status, "nvrtcCompileProgram", f"with {arch}: {log}")
-            return self._read("nvrtcGetCUBIN" if exact else "nvrtcGetPTX", program)
-        finally:
-            self._make("nvrtcDestroyProgram", program)
-
-    def _read(self, call: str, program: int) -> bytes:
-        text = bytearray(self._get(f"{call}Size", program))
-        self._call(call, program, text)
-        return bytes(text)
 
     # -- the end --------------------------------------------------------------------------------
 
@@ -898,8 +767,6 @@ class Cuda(_Closing):
             self._dropped.clear()
             self._device.forget()
             self._pinned.forget()
-            self._kernels.clear()
-            self._programs.clear()
             self._transfers.clear()
         if told := [words for words in failures if words]:
             _LOG.warning(
@@ -932,6 +799,11 @@ class Cuda(_Closing):
             # Other libraries change what is current in a thread, so it is set each time.
             if self._context and (status := self.runtime("cuCtxSetCurrent", self._context)[0]):
                 check(self.runtime, status, "cuCtxSetCurrent")
+            if self._context and not getattr(self._here, "apart", False):
+                # Else this thread could not allocate while a library captures in the global mode, in whatever thread.
+                status = self.runtime("cudaThreadExchangeStreamCaptureMode", _THREAD_LOCAL)[0]
+                check(self.runtime, status, "cudaThreadExchangeStreamCaptureMode")
+                self._here.apart = True
             return self.runtime(name, *inputs)
         except LpEdgeError:
             raise
@@ -939,7 +811,7 @@ class Cuda(_Closing):
             raise BackendUnavailable(
                 f"{name} cannot be called through {self.runtime.words} ({' '.join(str(error).split())})",
                 "expected the libraries of CUDA 11.4 or newer",
-                get_nvrtc(self.runtime_version[0]) if name.startswith("nvrtc") else INSTALL,
+                INSTALL,
             ) from error
 
     def _call(self, name: str, *inputs: Any, about: str = "") -> tuple[Any, ...]:

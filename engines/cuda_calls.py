@@ -1,4 +1,4 @@
-"""The foreign layer of CUDA: which calls of the runtime, the driver and NVRTC are used, who makes them, and what they said.
+"""The foreign layer of CUDA: which calls of the runtime and the driver are used, who makes them, and what they said.
 
 Nothing here keeps state of the device; :mod:`lp_edge.engines.cuda` builds on it.
 """
@@ -28,7 +28,6 @@ __all__ = [
     "CudaRuntime",
     "Prototype",
     "check",
-    "get_nvrtc",
     "load_driver",
     "runtimes",
 ]
@@ -37,8 +36,9 @@ _LOG = logging.getLogger("lp_edge")
 
 # -- the foreign calls --------------------------------------------------------------------------
 
-# Library, name and C parameters after NVIDIA's headers of CUDA 11.4 to 13: ">" marks what the call writes, "=" a result in
-# place of a status. ptr is any handle or address; a name of an enumeration is an int in C and a class in cuda-python.
+# Library, name and C parameters after NVIDIA's headers of CUDA 11.4 to 13: ">" marks what the call writes, "*" an
+# enumeration that it reads and writes, "=" a result in place of a status. ptr is any handle or address; a name of an
+# enumeration is an int in C and a class in cuda-python.
 # Structures are avoided on purpose: cudaDeviceProp has another layout in CUDA 11, 12 and 13.
 _TABLE: Final = """
 cudart  cudaGetDeviceCount             >int
@@ -69,6 +69,7 @@ cudart  cudaEventRecord                ptr ptr
 cudart  cudaEventQuery                 ptr
 cudart  cudaEventSynchronize           ptr
 cudart  cudaEventElapsedTime           >float ptr ptr
+cudart  cudaThreadExchangeStreamCaptureMode  *cudaStreamCaptureMode
 cudart  cudaStreamBeginCapture         ptr cudaStreamCaptureMode
 cudart  cudaStreamEndCapture           ptr >ptr
 cudart  cudaGraphInstantiateWithFlags  >ptr ptr ulong
@@ -78,23 +79,6 @@ cudart  cudaGraphLaunch                ptr ptr
 cuda    cuDeviceGetName                >name int int
 cuda    cuCtxGetCurrent                >ptr
 cuda    cuCtxSetCurrent                ptr
-cuda    cuModuleLoadData               >ptr ptr
-cuda    cuModuleUnload                 ptr
-cuda    cuModuleGetFunction            >ptr ptr text
-cuda    cuLaunchKernel                 ptr uint uint uint uint uint uint uint ptr ptr ptr
-nvrtc   nvrtcGetErrorString            nvrtcResult =text
-nvrtc   nvrtcVersion                   >int >int
-nvrtc   nvrtcGetNumSupportedArchs      >int
-nvrtc   nvrtcGetSupportedArchs         >ints
-nvrtc   nvrtcCreateProgram             >ptr text text int texts texts
-nvrtc   nvrtcDestroyProgram            *ptr
-nvrtc   nvrtcCompileProgram            ptr int texts
-nvrtc   nvrtcGetProgramLogSize         ptr >size
-nvrtc   nvrtcGetProgramLog             ptr buffer
-nvrtc   nvrtcGetCUBINSize              ptr >size
-nvrtc   nvrtcGetCUBIN                  ptr buffer
-nvrtc   nvrtcGetPTXSize                ptr >size
-nvrtc   nvrtcGetPTX                    ptr buffer
 """
 
 
@@ -103,7 +87,7 @@ class Prototype:
     """A foreign call.
 
     Attributes:
-        library: ``cudart``, ``cuda`` (the driver) or ``nvrtc``.
+        library: ``cudart`` or ``cuda`` (the driver).
         name: the call.
         parameters: kinds of its C parameters in order; see the table above.
     """
@@ -124,10 +108,9 @@ PROTOTYPES: Final[Mapping[str, Prototype]] = MappingProxyType(
 class CudaRuntime(Protocol):
     """The thin foreign layer: makes the calls of :data:`PROTOTYPES` and interprets nothing.
 
-    Calling it with the name of a call and its inputs (handles, addresses and enumerations as ``int``, ``text`` as
-    ``bytes``, ``texts`` as a list of ``bytes``, ``buffer`` as a ``bytearray`` that is filled) returns the status as ``int``,
-    followed, when the status is 0, by what the call writes (``int``, ``float`` or ``bytes``). It raises where the library
-    or the function itself is missing.
+    Calling it with the name of a call and its inputs (handles, addresses and enumerations as ``int``) returns the status as
+    ``int``, followed, when the status is 0, by what the call writes (``int``, ``float`` or ``bytes``). It raises where the
+    library or the function itself is missing.
     """
 
     @property
@@ -149,18 +132,18 @@ class CudaPython:
         self._calls: dict[str, tuple[Any, tuple[Any, ...], tuple[Callable[[Any], Any], ...]]] = {}
         try:
             try:
-                names, top = ("runtime", "driver", "nvrtc"), "cuda.bindings"
+                names, top = ("runtime", "driver"), "cuda.bindings"
                 found = [importlib.import_module(f"{top}.{name}") for name in names]
             except ModuleNotFoundError:  # in older packages the modules stand in the top one
-                names, top = ("cudart", "cuda", "nvrtc"), "cuda"
+                names, top = ("cudart", "cuda"), "cuda"
                 found = [importlib.import_module(f"{top}.{name}") for name in names]
         except Exception as error:  # extension modules raise more than ImportError when a library is missing
             raise BackendUnavailable(
                 f"cuda-python cannot be imported ({error})",
                 "expected NVIDIA's package with the major version of the driver's CUDA",
-                "pip install cuda-python",
+                "pip install 'lp-edge[gpu]'",
             ) from error
-        self._modules: dict[str, Any] = dict(zip(("cudart", "cuda", "nvrtc"), found, strict=True))
+        self._modules: dict[str, Any] = dict(zip(("cudart", "cuda"), found, strict=True))
         version = getattr(importlib.import_module(top), "__version__", "")
         self.words: Final = f"cuda-python {version}".strip()
 
@@ -179,10 +162,10 @@ class CudaPython:
         prototype = PROTOTYPES[name]
         module = self._modules[prototype.library]
         kinds = [kind for kind in prototype.parameters if kind[0] not in ">="]
-        classes: tuple[Any, ...] = tuple(None if kind in _BASIC else getattr(module, kind) for kind in kinds)
-        if name == "nvrtcDestroyProgram":  # takes the address of a handle, so it must be given its own class
-            classes = (module.nvrtcProgram,)
-        plain = tuple(_PLAIN[kind[1:]] for kind in prototype.parameters if kind[0] in ">=")
+        classes: tuple[Any, ...] = tuple(
+            None if kind in _BASIC else getattr(module, kind.lstrip("*")) for kind in kinds
+        )
+        plain = tuple(_PLAIN.get(kind[1:], int) for kind in prototype.parameters if kind[0] in ">=*")
         self._calls[name] = call = (getattr(module, name), classes if any(classes) else (), plain)
         return call
 
@@ -195,10 +178,9 @@ _PLAIN: Final[Mapping[str, Callable[[Any], Any]]] = {
     "float": float,
     "name": lambda value: bytes(value).rstrip(b"\0"),
     "text": bytes,
-    "ints": lambda values: tuple(int(value) for value in values),
 }
 
-_BASIC: Final = frozenset({"int", "uint", "ulong", "size", "ptr", "*ptr", "text", "texts", "buffer"})
+_BASIC: Final = frozenset({"int", "uint", "ulong", "size", "ptr"})
 
 _C_TYPES: Final[Mapping[str, Any]] = {
     "int": ctypes.c_int,
@@ -207,7 +189,6 @@ _C_TYPES: Final[Mapping[str, Any]] = {
     "size": ctypes.c_size_t,
     "ptr": ctypes.c_void_p,
     "float": ctypes.c_float,
-    "text": ctypes.c_char_p,
 }
 
 
@@ -232,70 +213,50 @@ class CudaLibraries:
         if plain:
             return (function(*inputs),)
         given = iter(inputs)
-        written: list[tuple[str, Any]] = []
+        written: list[Any] = []
         arguments: list[Any] = []
         for kind in PROTOTYPES[name].parameters:
             if kind == "=text":
                 return (0, function(*arguments) or b"")
             if kind[0] == ">":
-                size = 256 if kind in (">name", ">ints") else 0
-                box = _box(kind[1:], size)
-                written.append((kind[1:], box))
-                arguments.append(box if size else ctypes.byref(box))
-                continue
-            value = next(given)
-            if kind == "*ptr":
-                value = ctypes.byref(ctypes.c_void_p(value))
-            elif kind == "texts":
-                value = (ctypes.c_char_p * len(value))(*value) if value else None
-            elif kind == "buffer":
-                value = (ctypes.c_char * len(value)).from_buffer(value)
-            arguments.append(value)
+                box = ctypes.create_string_buffer(256) if kind == ">name" else _C_TYPES[kind[1:]]()
+                written.append(box)
+                arguments.append(ctypes.byref(box))
+            elif kind[0] == "*":
+                written.append(ctypes.c_int(next(given)))
+                arguments.append(ctypes.byref(written[-1]))
+            else:
+                arguments.append(next(given))
         status = function(*arguments)
         if status:
             return (status,)
-        return (0, *(_unbox(kind, box) for kind, box in written))
+        return (0, *(box.value or 0 if isinstance(box, ctypes.c_void_p) else box.value for box in written))
 
     def _function(self, name: str) -> tuple[Any, bool]:
         """The function, and whether it takes plain numbers only and writes nothing."""
         prototype = PROTOTYPES[name]
         if (library := self._libraries.get(prototype.library)) is None:
-            library = load_driver() if prototype.library == "cuda" else _load_nvrtc(self.words)
-            self._libraries[prototype.library] = library
+            self._libraries[prototype.library] = library = load_driver()
         function = getattr(library, name)
         # Without argtypes ctypes passes an int as 32 bits, which cuts handles off.
         function.argtypes = [_c_type(kind) for kind in prototype.parameters if kind[0] != "="]
         function.restype = ctypes.c_char_p if prototype.parameters[-1:] == ("=text",) else ctypes.c_int
-        plain = all(kind[0] not in ">=*" and kind not in ("texts", "buffer") for kind in prototype.parameters)
+        plain = all(kind[0] not in ">=*" for kind in prototype.parameters)
         self._functions[name] = function, plain
         return function, plain
 
 
 def _c_type(kind: str) -> Any:
-    if kind[0] in ">*" or kind in ("texts", "buffer"):
+    if kind[0] in ">*":
         return ctypes.c_void_p
     return _C_TYPES.get(kind, ctypes.c_int)  # an enumeration is an int
 
 
-def _box(kind: str, size: int) -> Any:
-    """Memory for a call to write into."""
-    if kind == "name":
-        return ctypes.create_string_buffer(size)
-    return (ctypes.c_int * size)() if kind == "ints" else _C_TYPES[kind]()
-
-
-def _unbox(kind: str, box: Any) -> Any:
-    if kind == "ints":
-        return tuple(value for value in box if value)
-    return box.value or 0 if kind == "ptr" else box.value
-
-
 # -- finding the libraries ----------------------------------------------------------------------
 
-INSTALL: Final = "install the NVIDIA driver and pip install cuda-python; on a Jetson CUDA comes with JetPack; or use --backend cpu"
-# CUDA 13, 12, 11. NVRTC of CUDA 11 counts its own minor version.
+INSTALL: Final = "install the NVIDIA driver and pip install 'lp-edge[gpu]'; on a Jetson CUDA comes with JetPack; or use --backend cpu"
+# CUDA 13, 12, 11.
 _CUDART: Final = ("libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0")
-_NVRTC: Final = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so.11.2")
 
 
 def _folders() -> Iterator[Path]:
@@ -333,28 +294,6 @@ def load_driver() -> Any:
         ) from error
 
 
-def get_nvrtc(major: int) -> str:
-    """How to get NVRTC of a major version of CUDA; NVIDIA's wheels carry it in their name until 12."""
-    wheel = "nvidia-cuda-nvrtc" + (f"-cu{major}" if major < 13 else "")
-    return f"pip install {wheel}, or install the CUDA toolkit (on a Jetson with apt, cuda-nvrtc)"
-
-
-def _load_nvrtc(cudart: str) -> Any:
-    """NVRTC, preferably of the same CUDA as the runtime library; BackendUnavailable when there is none."""
-    major = cudart.partition(".so.")[2].partition(".")[0]
-    names = sorted(_NVRTC, key=lambda name: f".so.{major}" not in name)
-    for path in _places(names):
-        try:
-            return _load(path)
-        except BackendUnavailable as error:
-            _LOG.debug("NVRTC: %s", error.got)
-    raise BackendUnavailable(
-        "NVRTC, which compiles kernels at run time, cannot be loaded",
-        f"expected one of {', '.join(names)}",
-        get_nvrtc(int(major or 13)),
-    )
-
-
 def runtimes() -> Iterator[tuple[str, Callable[[], CudaRuntime]]]:
     """What may make the calls here, best first: (name, what makes it or raises BackendUnavailable)."""
     yield "cuda-python", CudaPython
@@ -370,13 +309,13 @@ NOT_READY: Final = 600
 _GONE: Final[Mapping[int, str]] = {
     3: "",
     34: "install the NVIDIA driver: only its stub is here",
-    35: "update the NVIDIA driver, or install cuda-python of the major version that nvidia-smi shows",
+    35: "update the NVIDIA driver, or pip install 'cuda-bindings==N.*' with the CUDA that nvidia-smi shows",
     36: "update the NVIDIA driver",
     46: "another process holds the GPU exclusively: end it, or set the compute mode to default",
     100: "",
     101: "name a device that nvidia-smi -L lists and CUDA_VISIBLE_DEVICES shows",
     209: "update lp-edge's CUDA libraries to a version that knows this GPU",
-    222: "update the NVIDIA driver: the compiler (NVRTC) is newer than it can load",
+    222: "update the NVIDIA driver: a library's code is newer than it can load",
     803: "restart after the driver's update: its library and kernel module differ",
     804: "update the NVIDIA driver: forward compatibility is not for this GPU",
     999: "restart the driver (nvidia-smi tells whether it works), then try again",
@@ -391,7 +330,7 @@ def check(runtime: CudaRuntime, status: int, call: str, about: str = "") -> None
     Args:
         runtime: whom to ask for the words of a status.
         status: what the call returned.
-        call: its name; NVRTC's statuses are read as its own.
+        call: its name.
         about: what it was doing, with figures.
 
     Raises:
@@ -401,19 +340,18 @@ def check(runtime: CudaRuntime, status: int, call: str, about: str = "") -> None
     """
     if not status:
         return
-    nvrtc = call.startswith("nvrtc")
-    got = f"{call} failed with {_status_words(runtime, status, nvrtc)}{f' {about}' if about else ''}"
+    got = f"{call} failed with {_status_words(runtime, status)}{f' {about}' if about else ''}"
     if call.startswith("cuda"):
         runtime("cudaGetLastError")  # else the next library that asks for the last error is told of ours
-    if status == (1 if nvrtc else _MEMORY):
+    if status == _MEMORY:
         raise LimitError(
             got,
             "expected enough memory",
             "close other programs on the GPU, or use smaller batches or pictures",
         )
-    if not nvrtc and status in _GONE:
+    if status in _GONE:
         raise BackendUnavailable(got, "expected a working NVIDIA GPU and driver", _GONE[status] or INSTALL)
-    if not nvrtc and status in _LOST:
+    if status in _LOST:
         raise EngineError(
             got,
             "expected the work on the GPU to run",
@@ -422,10 +360,10 @@ def check(runtime: CudaRuntime, status: int, call: str, about: str = "") -> None
     raise EngineError(got, "expected success", "try again with lp-doctor; report it when it comes back")
 
 
-def _status_words(runtime: CudaRuntime, status: int, nvrtc: bool) -> str:
+def _status_words(runtime: CudaRuntime, status: int) -> str:
     """``cudaErrorMemoryAllocation (2): out of memory``; the number alone where nobody knows more."""
     parts = []
-    for ask in ("nvrtcGetErrorString",) if nvrtc else ("cudaGetErrorName", "cudaGetErrorString"):
+    for ask in ("cudaGetErrorName", "cudaGetErrorString"):
         try:
             parts.append(runtime(ask, status)[1].decode())
         except Exception as error:  # noqa: BLE001 - a status that the package is too old to know

@@ -9,7 +9,6 @@ __all__ = [
     "BOXES",
     "COLUMNS",
     "CROP",
-    "CROP_512",
     "CROP_512_HALVED",
     "CUT_REGION",
     "DEFORMATION",
@@ -63,7 +62,6 @@ RETARGET_EYE: Final = "retarget_eye"
 RETARGET_LIP: Final = "retarget_lip"
 
 # Graphs around the networks (runtime/device_graphs)
-CROP_512: Final = "crop_512"
 CROP_512_HALVED: Final = "crop_512_halved"
 CUT_REGION: Final = "cut_region"
 PASTE_MOVING: Final = "paste_moving"

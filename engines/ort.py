@@ -105,8 +105,11 @@ _NO_MEMORY: Final = re.compile(
 )
 
 # Both builds are one Python package under two names: the one installed last wins, so the other has to go first.
-_GPU_BUILD = "install the GPU build in place of the other (pip uninstall -y onnxruntime onnxruntime-gpu; pip install onnxruntime-gpu)"
-_ON_JETSON = "on a Jetson take onnxruntime-gpu from NVIDIA's wheel index for your JetPack"
+_GPU_BUILD = (
+    "install the GPU build in place of the other (pip uninstall -y onnxruntime onnxruntime-gpu; "
+    "pip install onnxruntime-gpu, driver 580 or newer; 'onnxruntime-gpu<1.27' from 525 on)"
+)
+_ON_JETSON = "on a Jetson add --index-url of your JetPack (lp-doctor names it)"
 
 PROVIDERS: Final[Mapping[str, Provider]] = {
     p.name: p
@@ -116,7 +119,7 @@ PROVIDERS: Final[Mapping[str, Provider]] = {
             CUDA,
             "cuda",
             "libonnxruntime_providers_cuda.so",
-            f"{_GPU_BUILD}, and an NVIDIA driver, CUDA and cuDNN as it needs them; {_ON_JETSON}; or use --backend cpu",
+            f"{_GPU_BUILD}, and CUDA and cuDNN as it needs them; {_ON_JETSON}; or use --backend cpu",
         ),
         Provider(
             TENSORRT,
@@ -292,6 +295,13 @@ class OrtRunner(Runner):
         plugin = self._check(ort, model, name)
         extra = dict(provider_options or {})
         if provider == CPU:
+            if extra:
+                # Its only switches are the session's own, and what is given to it is ignored without a word.
+                raise ConfigError(
+                    f"backend cpu is given the options {', '.join(sorted(extra))}",
+                    "expected none: ONNX Runtime's CPU provider has no options",
+                    "leave them out, or name the backend they are meant for; threads are set by --threads",
+                )
             session = self._open(ort, model, name, [(CPU, extra)])
             _give_back_freed_memory()
             super().__init__(name, *_surface(session, name))

@@ -12,8 +12,9 @@ bound, on a stream that does not wait for ours. Such inputs are therefore given 
 reads and writes the addresses it was recorded with, whatever is bound later, and ONNX Runtime does not check that. So every
 set of shapes has an id of its own (``gpu_graph_id``) and memory of its own, into and out of which each call copies. The
 TensorRT provider knows no ids: it gets one set of shapes, and others are refused. The CUDA provider keeps its records per
-thread, so one thread makes all such calls. It records in CUDA's *global* mode, in which no other thread of the process may
-allocate memory or ask a stream for its state: run every shape once before other threads use the GPU.
+thread, so one thread makes all such calls. It records in CUDA's *global* mode, in which threads of the default mode may not
+allocate memory; a thread that used :class:`~lp_edge.engines.cuda.Cuda` once is of another mode and may, whatever it calls.
+Threads of other libraries that use the GPU without ever coming here spoil a recording: run every shape once before they begin.
 
 What is said here of ONNX Runtime was read in its sources and in the libraries of onnxruntime-gpu 1.31.1 and
 onnxruntime-ep-nv-tensorrt-rtx-cu13 0.5.0; it did not run on a GPU.
@@ -235,7 +236,7 @@ def make_plan(
             raise ConfigError(
                 f"{name}: CUDA graphs are asked for, and CUDA cannot be used here",
                 "expected memory at fixed addresses, which a recorded launch needs",
-                "pip install cuda-python, or leave the option out",
+                "pip install 'lp-edge[gpu]', or leave the option out",
             )
         # TensorRT's provider ignores the id of a graph, and so may an older TensorRT-RTX inside ONNX Runtime.
         plan.graphs = _GRAPHS if provider == CUDA or plugin else 1
@@ -771,7 +772,9 @@ class Resident:
             if isinstance(array, DeviceArray):
                 array.use(self.compute)
         bind(binding, ("cuda", self.cuda.device), sources, targets)
-        session.run_with_iobinding(binding, run)
+        apart = self.cuda.captured_elsewhere(self.compute) if self._plan.graphs else contextlib.nullcontext()
+        with apart:
+            session.run_with_iobinding(binding, run)
         made = zip(targets.items(), binding.get_outputs(), strict=True) if None in targets.values() else ()
         return {name: value.numpy() for (name, target), value in made if target is None}
 
@@ -805,7 +808,13 @@ class Resident:
 
     def _written(self, array: DeviceArray) -> DeviceArray:
         """The same, for others: it is written when all that is queued now is done."""
-        return DeviceArray(array.buffer, array.shape, array.dtype, self.compute, ready=self.compute.record())
+        return DeviceArray(
+            array.buffer,
+            array.shape,
+            array.dtype,
+            self.compute,
+            ready=self.compute.record(self.cuda.event(patient=True)),
+        )
 
     def _result_shapes(self, feeds: Mapping[str, Array]) -> dict[str, tuple[int, ...] | None]:
         axes = {

@@ -47,6 +47,7 @@ from lp_edge.engines.cuda import (
 from lp_edge.engines.device import DeviceArray, concatenate, upload
 from lp_edge.engines.runner import Array, Runner, TensorSpec, to_host
 from lp_edge.engines.trt_build import (
+    BATCH_AXES,
     BuildProgress,
     Cancelled,
     Errors,
@@ -54,13 +55,15 @@ from lp_edge.engines.trt_build import (
     Progress,
     TensorRtConfig,
     build_engine,
+    check_precision,
     flags_of,
     import_tensorrt,
     logger_of,
     profile_of,
+    stoppable,
     unavailable,
 )
-from lp_edge.engines.trt_cache import EngineCache, cache_folders, digest_of
+from lp_edge.engines.trt_cache import EngineCache, Kept, cache_folders, digest_of
 from lp_edge.engines.trt_graph import Graph, read_graph
 from lp_edge.errors import EngineError, LimitError, LpEdgeError, TensorError
 
@@ -110,9 +113,14 @@ def open_engine(
     progress: Progress | None = None,
     cancelled: Cancelled | None = None,
     share: SharedCuda | None = None,
+    exact: bool = False,
     trt: Any = None,
 ) -> TensorRtRunner:
     """A runner for a network; its engine is read from the cache, or built and kept there.
+
+    Where no engine was built for exactly this configuration, one is taken that was built with options which this
+    configuration leaves at their defaults: batches that somebody asked for, workspace, level, compatibility. Of several, the
+    one with the largest batch. Options that are given, axes, TF32 and typing are never replaced.
 
     Args:
         model: path of an ONNX file or its bytes.
@@ -123,6 +131,7 @@ def open_engine(
         progress: called with every step of a build, from any thread.
         cancelled: asked often during a build; True stops it.
         share: a share in ``cuda``, which is closed with the runner.
+        exact: take no other engine than one for exactly this configuration.
         trt: the module ``tensorrt``; by default it is imported.
 
     Raises:
@@ -136,7 +145,7 @@ def open_engine(
     config = config or TensorRtConfig()
     name = name or (model.stem if isinstance(model, Path) else "network")
     trt = trt or import_tensorrt()
-    engine = _ready_engine(trt, model, cuda, config, cache_dir, name, progress, cancelled)
+    engine = _ready_engine(trt, model, cuda, config, cache_dir, name, progress, cancelled, exact=exact)
     return TensorRtRunner(name, engine, cuda, config, share=share)
 
 
@@ -151,31 +160,44 @@ def open_backend(model: Path | bytes, config: BackendConfig, name: str) -> Runne
     trt = import_tensorrt()
     share = shared_cuda(config.device)
     try:
-        return open_engine(
-            model,
-            cuda=share.cuda,
-            config=settings,
-            cache_dir=Path(folder) if folder else None,
-            name=name,
-            progress=_logged(),
-            share=share,
-            trt=trt,
-        )
+        said = [BuildProgress(name, "")]  # where a build stands, once there is one
+
+        def work(cancelled: Cancelled) -> TensorRtRunner:
+            return open_engine(
+                model,
+                cuda=share.cuda,
+                config=settings,
+                cache_dir=Path(folder) if folder else None,
+                name=name,
+                progress=said.append,
+                cancelled=cancelled,
+                share=share,
+                trt=trt,
+            )
+
+        return stoppable(work, waiting=_told(said))
     except BaseException:
         share.close()
         raise
 
 
-def _logged() -> Progress:
-    """Tells the log where a build stands, every ten seconds."""
-    told = time.monotonic()
+def _told(said: list[BuildProgress]) -> Callable[[], None]:
+    """Tells the log where a build stands, when it begins and then every ten seconds: warnings, as people wait without knowing."""
+    begun = told = 0.0
 
-    def tell(now: BuildProgress) -> None:
-        nonlocal told
-        if time.monotonic() - told >= _TELL_S:
+    def tell() -> None:
+        nonlocal begun, told
+        now = said[-1]
+        del said[:-1]
+        if not now.stage:
+            return
+        if not begun:
+            begun = told = time.monotonic()
+            _LOG.warning("%s: TensorRT builds its engine, once for this GPU; that takes minutes", now.network)
+        elif time.monotonic() - told >= _TELL_S:
             told = time.monotonic()
             share = "" if now.fraction is None else f", {now.fraction:.0%}"
-            _LOG.info("%s: %s%s", now.network, now.stage, share)
+            _LOG.warning("%s: %s%s (%d s)", now.network, now.stage, share, told - begun)
 
     return tell
 
@@ -226,7 +248,15 @@ def build_bundle_engines(
     entries = []
     for name in networks or bundle.manifest.networks:
         built = _ready_engine(
-            trt, bundle.path_of(name), cuda, config or TensorRtConfig(), folder, name, progress, cancelled
+            trt,
+            bundle.path_of(name),
+            cuda,
+            config or TensorRtConfig(),
+            folder,
+            name,
+            progress,
+            cancelled,
+            exact=True,
         )
         file = built.path.relative_to(bundle.directory).as_posix()
         entries.append(EngineEntry(name, file, sha256_file(built.path), built.path.stat().st_size, built.key))
@@ -253,9 +283,12 @@ def _ready_engine(
     name: str,
     progress: Progress | None,
     cancelled: Cancelled | None,
+    *,
+    exact: bool,
 ) -> _Engine:
     """The engine from the cache, or a new one."""
     graph = read_graph(model)
+    check_precision(trt, graph, cuda.compute_capability, name)
     batch = config.max_batch or max(default_max_batch(cuda.total_memory), config.usual_batch)
     profile = profile_of(name, graph.inputs, config, batch)
     key = EngineKey(
@@ -269,10 +302,12 @@ def _ready_engine(
     )
     cache = EngineCache((cache_dir,) if cache_dir else cache_folders(model), name, key)
     free, _ = cuda.memory()  # which also makes the device current in this thread
-    if (found := _load(trt, cache, graph, key, name)) is not None:
+    if (found := _load(trt, cache.read(), graph, key, name)) is not None:
+        return found
+    if not exact and (found := _load_other(trt, cache, graph, key, config, name)) is not None:
         return found
     with cache.lock(cancelled):
-        if (found := _load(trt, cache, graph, key, name)) is not None:  # another process was first
+        if (found := _load(trt, cache.read(), graph, key, name)) is not None:  # another process was first
             return found
         other = cache.differences()
         _LOG.info(
@@ -296,7 +331,7 @@ def _ready_engine(
             cancelled=cancelled,
         )
         cache.write_timing(built.timing_cache)
-        path = cache.write(built.plan)
+        path = cache.write(built.plan, asked=bool(config.max_batch or config.usual_batch))
     runtime, engine, errors = _deserialise(trt, built.plan, name)
     if engine is None:
         raise EngineError(
@@ -307,18 +342,69 @@ def _ready_engine(
     return _Engine(trt, runtime, engine, errors, graph, key, path)
 
 
-def _load(trt: Any, cache: EngineCache, graph: Graph, key: EngineKey, name: str) -> _Engine | None:
-    """The engine of the cache, or None when there is none or TensorRT does not take it."""
-    found = cache.read()
+def _load_other(
+    trt: Any, cache: EngineCache, graph: Graph, key: EngineKey, config: TensorRtConfig, name: str
+) -> _Engine | None:
+    """An engine that was built with options which the configuration leaves open; the largest batch first, then the newest."""
+    fitting = [kept for kept in cache.kept() if kept.key != key and _fits(kept, key, graph, config, name)]
+    for kept in sorted(fitting, key=lambda kept: -_batches(graph.inputs, kept.key.profile)[2]):
+        plan = cache.plan_of(kept)
+        found = _load(trt, None if plan is None else (plan, kept.path), graph, kept.key, name)
+        if found is not None:
+            _LOG.info(
+                "%s: takes the engine %s, built for batches up to %d%s; give options to have another",
+                name,
+                kept.path,
+                _batches(graph.inputs, kept.key.profile)[2],
+                f" with {', '.join(kept.key.flags)}" if kept.key.flags else "",
+            )
+            return found
+    return None
+
+
+def _fits(kept: Kept, wanted: EngineKey, graph: Graph, config: TensorRtConfig, name: str) -> bool:
+    """Whether an engine computes what is wanted, as every option that is given says, in batches that somebody asked for."""
+    free = tuple(
+        f"{option}="
+        for option in ("optimization_level", "hardware_compatibility", "workspace_mib")
+        if getattr(config, option) == getattr(TensorRtConfig(), option)
+    )
+    flags = tuple(flag for flag in kept.key.flags if not flag.startswith(free))
+    if replace(kept.key, profile=wanted.profile, flags=flags) != wanted:
+        return False
+    if kept.key.profile == wanted.profile:
+        return True
+    _, usual, most = _batches(graph.inputs, kept.key.profile)
+    if not kept.asked or config.max_batch not in (0, most) or config.usual_batch not in (0, usual):
+        return False
+    like = replace(config, max_batch=most, usual_batch=usual)
+    return profile_of(name, graph.inputs, like, most) == kept.key.profile
+
+
+def _batches(inputs: Iterable[TensorSpec], profile: Profile) -> tuple[int, int, int]:
+    """Smallest, usual and largest batch of a profile; zeros where nothing is batched."""
+    for spec in inputs:
+        for axis, name in enumerate(spec.shape):
+            if name in BATCH_AXES and len(profile.get(spec.name, ((),))[0]) > axis:
+                low, usual, high = (shape[axis] for shape in profile[spec.name])
+                return low, usual, high
+    return 0, 0, 0
+
+
+def _load(
+    trt: Any, found: tuple[bytes, Path] | None, graph: Graph, key: EngineKey, name: str
+) -> _Engine | None:
+    """An engine of the cache; None when there is none or TensorRT does not take it."""
     if found is None:
         return None
     plan, path = found
     runtime, engine, errors = _deserialise(trt, plan, name)
     if engine is None:
         _LOG.warning(
-            "%s: TensorRT %s does not take the engine that was kept (%s); building it again",
+            "%s: TensorRT %s does not take the engine %s (%s)",
             name,
             trt.__version__,
+            path,
             errors.take(),
         )
         return None

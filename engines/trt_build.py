@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, TypeVar
 
 from lp_edge.engines.external import external_files
 from lp_edge.engines.runner import TensorSpec
@@ -35,7 +35,7 @@ from lp_edge.engines.trt_graph import FLOATS, Graph, Node
 from lp_edge.errors import BackendUnavailable, ConfigError, EngineError, Interrupted
 
 __all__ = [
-    "REMEDY",
+    "BATCH_AXES",
     "BuildProgress",
     "Built",
     "Cancelled",
@@ -44,20 +44,30 @@ __all__ = [
     "Progress",
     "TensorRtConfig",
     "build_engine",
+    "check_precision",
     "copy_precisions",
     "flags_of",
     "import_tensorrt",
     "logger_of",
     "profile_of",
+    "remedy",
+    "stoppable",
     "unavailable",
 ]
 
 _LOG = logging.getLogger("lp_edge")
 
-REMEDY: Final = (
-    "install TensorRT (on a Jetson it comes with JetPack: make the virtual environment with --system-site-packages; "
-    "elsewhere pip install tensorrt as the driver allows) on a machine with an NVIDIA GPU; or use --backend cuda or cpu"
-)
+_TEGRA: Final = Path("/etc/nv_tegra_release")
+
+
+def remedy() -> str:
+    """How to get TensorRT on this machine."""
+    if _TEGRA.exists():
+        how = "sudo apt install nvidia-jetpack, and a virtual environment of JetPack's Python with --system-site-packages"
+    else:
+        how = "pip install tensorrt-cu13 (driver 580 or newer) or tensorrt-cu12 (525 or newer)"
+    return f"{how}; lp-doctor tells what fits here; or use --backend cuda or cpu"
+
 
 Profile = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 """Input -> smallest, usual and largest shape."""
@@ -65,7 +75,8 @@ Profile = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 Cancelled = Callable[[], bool]
 
 _NO_MEMORY: Final = re.compile(r"out ?of ?memory|could not be allocated", re.IGNORECASE)
-_BATCH: Final = ("N", "batch")
+BATCH_AXES: Final = ("N", "batch")
+"""Names of axes of frames that are computed at once."""
 # A source serves all frames of a call, or each frame has its own; the first is the rule.
 _SOURCES: Final = ("S", "sources")
 # Sides of pictures in the graphs whose pictures may have any size.
@@ -217,14 +228,14 @@ def import_tensorrt() -> Any:
         raise BackendUnavailable(
             f"backend tensorrt is not there: tensorrt cannot be imported ({error})",
             "expected TensorRT 8.5 or newer",
-            REMEDY,
+            remedy(),
         ) from error
     lacking = [name for name in ("Builder", "OnnxParser", "IExecutionContext") if not hasattr(tensorrt, name)]
     if lacking or not hasattr(tensorrt.IExecutionContext, "execute_async_v3"):
         raise BackendUnavailable(
             f"backend tensorrt is not there: TensorRT {tensorrt.__version__} lacks {', '.join(lacking) or 'execute_async_v3'}",
             "expected the full TensorRT 8.5 or newer",
-            REMEDY,
+            remedy(),
         )
     return tensorrt
 
@@ -234,7 +245,7 @@ def unavailable(trt: Any, what: str, said: str) -> BackendUnavailable:
     return BackendUnavailable(
         f"backend tensorrt does not start: TensorRT {trt.__version__} makes no {what} ({said})",
         "expected an NVIDIA GPU and a driver that this TensorRT supports",
-        REMEDY,
+        remedy(),
     )
 
 
@@ -344,7 +355,7 @@ def profile_of(name: str, inputs: Sequence[TensorSpec], config: TensorRtConfig, 
     usual = min(config.usual_batch or max_batch, max_batch)
     known: dict[str, tuple[int, int, int]] = {
         **_SIDES,
-        **dict.fromkeys(_BATCH, (1, usual, max_batch)),
+        **dict.fromkeys(BATCH_AXES, (1, usual, max_batch)),
         **dict.fromkeys(_SOURCES, (1, 1, max_batch)),
         **config.axes,
     }
@@ -396,7 +407,7 @@ def flags_of(trt: Any, graph: Graph, config: TensorRtConfig) -> tuple[str, ...]:
     else:
         if "float16" in graph.types.values():
             flags += ["FP16", "OBEY_PRECISION_CONSTRAINTS"]
-        if graph.precision == "int8":
+        if graph.quantised:
             flags += _quantised(trt, graph)
     if config.tf32:
         flags.append("TF32")
@@ -419,10 +430,26 @@ def flags_of(trt: Any, graph: Graph, config: TensorRtConfig) -> tuple[str, ...]:
     return tuple(sorted(flags))
 
 
+def check_precision(trt: Any, graph: Graph, compute_capability: tuple[int, int], name: str) -> None:
+    """ConfigError for a graph in 8-bit floating point where this GPU or TensorRT does not compute in that."""
+    if graph.precision != "fp8":
+        return
+    if compute_capability < (8, 9):
+        got = f"compute capability {'.'.join(map(str, compute_capability))}"
+    elif not _has(trt.DataType, "FP8"):
+        got = f"TensorRT {trt.__version__}"
+    else:
+        return
+    raise ConfigError(
+        f"{name}: the graph is quantised to fp8, which {got} does not know",
+        "expected a GPU of compute capability 8.9 (Ada, Hopper) or newer, and TensorRT 8.6 or newer",
+        "export it in fp16, or with --precision int8",
+    )
+
+
 def _quantised(trt: Any, graph: Graph) -> list[str]:
     """Builder flags for the types that the graph quantises to."""
-    kinds = {graph.types.get(name, "") for n in graph.nodes if n.op == "QuantizeLinear" for name in n.outputs}
-    flags = ["FP8" if kind.startswith("float8") else "INT8" for kind in kinds if kind]
+    flags = sorted({"FP8" if kind.startswith("float8") else "INT8" for kind in graph.quantised})
     for flag in flags:
         if not _has(trt.BuilderFlag, flag):
             raise ConfigError(
@@ -470,6 +497,51 @@ class _Job:
 
     def stopped(self) -> NoReturn:
         raise Interrupted(f"{self.name}: the build of its engine was stopped", "", "start it again to finish")
+
+
+_Result = TypeVar("_Result")
+_POLL_S: Final = 0.1
+_GRACE_S: Final = 2.0  # how long Ctrl-C waits for a build to stop
+
+
+def stoppable(work: Callable[[Cancelled], _Result], *, waiting: Callable[[], None] | None = None) -> _Result:
+    """Do work that may build engines so that Ctrl-C ends it.
+
+    Python hears Ctrl-C only between two steps of its own, and a build is one call into TensorRT. So it runs in a thread.
+    TensorRT 10 and newer stop at the next step; an older one is left to itself after two seconds, and what it makes is
+    dropped: engines are only kept by who was not told to stop.
+
+    Args:
+        work: called with a function that says whether to stop.
+        waiting: called ten times a second meanwhile, from this thread.
+
+    Raises:
+        KeyboardInterrupt: it was stopped; and what ``work`` raises.
+    """
+    stop = threading.Event()
+    results: list[_Result] = []
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work(stop.is_set))
+        except BaseException as error:  # noqa: BLE001 - carried across and raised below
+            failures.append(error)
+
+    thread = threading.Thread(target=run, name="engines", daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(_POLL_S)
+            if waiting is not None:
+                waiting()
+    except BaseException:
+        stop.set()
+        thread.join(_GRACE_S)
+        raise
+    if failures:
+        raise failures[0]
+    return results[0]
 
 
 # TensorRT's log is one for the process, and two builds at once only time each other's kernels wrong.

@@ -1,7 +1,7 @@
 """Where compiled engines are kept: beside the bundle, or in the user's cache where that cannot be written.
 
 An engine is two files: ``<network>.<key>.engine``, TensorRT's plan as it is, and a ``.json`` beside it with its size, its
-SHA-256 and the whole key it was built for. The ``.json`` is written last, so a plan without one is an unfinished one. Both are
+SHA-256, the whole key it was built for, and whether somebody asked for its batches (``asked``) or they were the default. The ``.json`` is written last, so a plan without one is an unfinished one. Both are
 written beside, synced and renamed. Plans can carry code: only files of one's own bundle and cache are read.
 """
 
@@ -17,15 +17,18 @@ import re
 import secrets
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from lp_edge.engines.bundle import (
     MANIFEST,
+    EngineEntry,
     EngineKey,
     builtin_directory,
     key_json,
     load_manifest,
+    read_key,
     sha256_file,
     sync_directory,
     write_synced,
@@ -33,7 +36,7 @@ from lp_edge.engines.bundle import (
 from lp_edge.engines.external import external_files, is_beside
 from lp_edge.errors import BundleError, EngineError, Interrupted, OutputError
 
-__all__ = ["EngineCache", "cache_folders", "digest_of", "user_folder"]
+__all__ = ["EngineCache", "Kept", "cache_folders", "digest_of", "user_folder"]
 
 _LOG = logging.getLogger("lp_edge")
 
@@ -76,6 +79,23 @@ def digest_of(model: Path | bytes) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Kept:
+    """An engine that is kept, as its entry tells; the file itself was not looked at.
+
+    Attributes:
+        path: of the plan.
+        sha256: of the plan, in hex.
+        key: what it was built for.
+        asked: its batches were asked for, not the default of a card.
+    """
+
+    path: Path
+    sha256: str
+    key: EngineKey
+    asked: bool
+
+
 class EngineCache:
     """The engines of one network for one key.
 
@@ -94,10 +114,40 @@ class EngineCache:
     def read(self) -> tuple[bytes, Path] | None:
         """The engine, verified, and its file; None when there is none, or it was altered or cut off (which is logged)."""
         for folder in self._folders:
-            for path, sha256 in (*self._own(folder), *self._of_bundle(folder.parent)):
+            for path, sha256 in (
+                *self._own(folder),
+                *(
+                    (folder.parent / entry.file, entry.sha256)
+                    for entry in _engines_of(folder.parent)
+                    if entry.key() == self._key.key()
+                ),
+            ):
                 if (plan := _verified(path, sha256)) is not None:
                     return plan, path
         return None
+
+    def kept(self) -> list[Kept]:
+        """All engines of this network, whatever they were built for, the newest first."""
+        found: dict[Path, Kept] = {}
+        for folder in self._folders:
+            # Those that only the manifest tells of were built into the bundle by somebody who asked for it.
+            for entry in _engines_of(folder.parent):
+                if entry.network == self._network:
+                    path = folder.parent / entry.file
+                    found[path] = Kept(path, entry.sha256, entry.built_for, True)
+            for path in folder.glob(f"{self._network}.*.json"):
+                said = _load(path) or {}
+                with contextlib.suppress(BundleError):
+                    key = read_key(said.get("key"), str(path))
+                    path = path.with_suffix(".engine")
+                    found[path] = Kept(path, str(said.get("sha256")), key, said.get("asked") is True)
+        there = [kept for kept in found.values() if kept.path.is_file()]
+        return sorted(there, key=lambda kept: -kept.path.stat().st_mtime_ns)
+
+    @staticmethod
+    def plan_of(kept: Kept) -> bytes | None:
+        """The content of an engine; None when it was altered or cut off, or is not there (which is logged)."""
+        return _verified(kept.path, kept.sha256)
 
     def _own(self, folder: Path) -> Iterator[tuple[Path, object]]:
         path = folder / f"{self._stem}.engine"
@@ -105,21 +155,12 @@ class EngineCache:
         if entry is not None and entry.get("key") == key_json(self._key):
             yield path, entry.get("sha256")
 
-    def _of_bundle(self, folder: Path) -> Iterator[tuple[Path, object]]:
-        """The engines that the manifest of a bundle names."""
-        if not (folder / MANIFEST).is_file():
-            return
-        try:
-            engines = load_manifest(folder / MANIFEST).engines
-        except BundleError as error:
-            _LOG.debug("no engines of %s: %s", folder, error)
-            return
-        yield from (
-            (folder / entry.file, entry.sha256) for entry in engines if entry.key() == self._key.key()
-        )
-
-    def write(self, plan: bytes) -> Path:
+    def write(self, plan: bytes, *, asked: bool = False) -> Path:
         """Keep an engine; its path.
+
+        Args:
+            plan: the engine.
+            asked: see :class:`Kept`.
 
         Raises:
             OutputError: no folder can be written.
@@ -131,6 +172,7 @@ class EngineCache:
             "network": self._network,
             "sha256": hashlib.sha256(plan).hexdigest(),
             "size": len(plan),
+            "asked": asked,
             "key": key_json(self._key),
         }
         try:
@@ -168,19 +210,15 @@ class EngineCache:
         """How the nearest engine of this network differs from the one that is wanted, or "" when there is none at all."""
         wanted = key_json(self._key)
         nearest: list[str] = []
-        for folder in self._folders:
-            for path in sorted(folder.glob(f"{self._network}.*.json")):
-                entry = _load(path)
-                key = entry.get("key") if entry else None
-                if not isinstance(key, dict) or path.stem == self._stem:
-                    continue
-                found = [
-                    f"{field.replace('_', ' ')} {_short(key.get(field))} in place of {_short(value)}"
-                    for field, value in wanted.items()
-                    if key.get(field) != value
-                ]
-                if found and (not nearest or len(found) < len(nearest)):
-                    nearest = found
+        for kept in self.kept():
+            key = key_json(kept.key)
+            found = [
+                f"{field.replace('_', ' ')} {_short(key[field])} in place of {_short(value)}"
+                for field, value in wanted.items()
+                if key[field] != value
+            ]
+            if found and (not nearest or len(found) < len(nearest)):
+                nearest = found
         return ", ".join(nearest)
 
     @contextlib.contextmanager
@@ -197,7 +235,7 @@ class EngineCache:
                     break
                 except BlockingIOError:
                     if not told:
-                        _LOG.info(
+                        _LOG.warning(
                             "%s: another process is building this engine; waiting for it", self._network
                         )
                         told = True
@@ -233,6 +271,17 @@ class EngineCache:
                 _LOG.warning("the timing cache was not kept: %s", error)
 
 
+def _engines_of(folder: Path) -> tuple[EngineEntry, ...]:
+    """The engines that the manifest of a bundle names; none where there is no bundle."""
+    if not (folder / MANIFEST).is_file():
+        return ()
+    try:
+        return load_manifest(folder / MANIFEST).engines
+    except BundleError as error:
+        _LOG.debug("no engines of %s: %s", folder, error)
+        return ()
+
+
 def _load(path: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(path.read_bytes())
@@ -245,10 +294,10 @@ def _verified(path: Path, sha256: object) -> bytes | None:
     try:
         plan = path.read_bytes()
     except OSError as error:
-        _LOG.warning("%s: the engine cannot be read (%s); building it again", path, error)
+        _LOG.warning("%s: the engine cannot be read (%s) and is not taken", path, error)
         return None
     if hashlib.sha256(plan).hexdigest() != sha256:
-        _LOG.warning("%s: the engine was altered or cut off; building it again", path)
+        _LOG.warning("%s: the engine was altered or cut off, and is not taken", path)
         return None
     return plan
 

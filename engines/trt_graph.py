@@ -90,10 +90,21 @@ class Graph:
 
     @property
     def precision(self) -> str:
-        """``int8`` with quantised tensors, ``fp16`` with any in half precision, else ``fp32``."""
-        if any(node.op == "QuantizeLinear" for node in self.nodes):
-            return "int8"
+        """``fp8`` or ``int8`` with quantised tensors, ``fp16`` with any in half precision, else ``fp32``."""
+        if kinds := self.quantised:
+            return "fp8" if any(kind.startswith("float8") for kind in kinds) else "int8"
         return "fp16" if "float16" in self.types.values() else "fp32"
+
+    @property
+    def quantised(self) -> frozenset[str]:
+        """Types that tensors are quantised to."""
+        return frozenset(
+            self.types[name]
+            for node in self.nodes
+            if node.op == "QuantizeLinear"
+            for name in node.outputs
+            if name in self.types
+        )
 
     def compute_type(self, node: Node) -> str:
         """What the node computes in: the type of its first floating-point input, else of its output, or "".

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
@@ -13,15 +12,14 @@ from lp_edge.engines.backends import BackendConfig
 from lp_edge.engines.bundle import EngineEntry
 from lp_edge.engines.cuda import shared_cuda
 from lp_edge.engines.tensorrt import build_bundle_engines, open_engine
-from lp_edge.engines.trt_build import Cancelled, Progress, TensorRtConfig, import_tensorrt
+from lp_edge.engines.trt_build import Cancelled, Progress, TensorRtConfig, import_tensorrt, stoppable
 from lp_edge.errors import BackendUnavailable, Interrupted
 from lp_edge.runtime.pixels import graph_file, graph_options
 
 __all__ = ["build", "check_machine", "device_graphs", "engine_json", "options_of"]
 
-_POLL_S: Final = 0.1
 _DEVICE_GRAPHS: Final = (
-    names.CROP_512, names.CROP_512_HALVED, names.CUT_REGION, names.RESIZE_CROPS, names.PASTE_STILL, names.PASTE_MOVING,
+    names.CROP_512_HALVED, names.CUT_REGION, names.RESIZE_CROPS, names.PASTE_STILL, names.PASTE_MOVING,
     names.PASTE_RECT,
 )  # fmt: skip
 
@@ -41,7 +39,7 @@ def check_machine(device: int = 0) -> None:
 
 
 def options_of(config: TensorRtConfig) -> dict[str, str]:
-    """What differs from the default, as ``BackendConfig.provider_options``: a run finds the engines with the same ones."""
+    """What differs from the default, as ``BackendConfig.provider_options``: a run with these takes exactly such engines."""
     told = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "axes"}
     return {
         name: str(value).lower() for name, value in told.items() if value != getattr(TensorRtConfig(), name)
@@ -67,8 +65,7 @@ def build(
 ) -> tuple[EngineEntry, ...]:
     """Build the engines of a bundle and enter them in its manifest; those that are there and fit are kept.
 
-    The work is done in a thread, because Python hears Ctrl-C only between two steps of its own, and a build is one call into
-    TensorRT. What is finished when it is stopped stays in the bundle's folder ``engines`` and is taken the next time.
+    What is finished when it is stopped stays in the bundle's folder ``engines`` and is taken the next time.
 
     Args:
         folder: of the bundle.
@@ -81,8 +78,7 @@ def build(
         The bundle's entries for this GPU.
 
     Raises:
-        Interrupted: by Ctrl-C. TensorRT 10 and newer stop at once, older ones after the network that is being built; a second
-            Ctrl-C does not wait for that.
+        Interrupted: by Ctrl-C; see :func:`~lp_edge.engines.trt_build.stoppable`.
         and what :func:`~lp_edge.engines.tensorrt.build_bundle_engines` raises.
     """
 
@@ -92,44 +88,19 @@ def build(
                 folder, cuda=share.cuda, config=config, progress=progress, cancelled=cancelled
             )
             for path, how in (graphs or {}).items():
-                open_engine(path, cuda=share.cuda, config=how, progress=progress, cancelled=cancelled).close()
+                open_engine(
+                    path, cuda=share.cuda, config=how, progress=progress, cancelled=cancelled, exact=True
+                ).close()
             return entries
 
     try:
-        return _stoppable(work)
+        return stoppable(work)
     except (KeyboardInterrupt, Interrupted) as error:
         raise Interrupted(
             f"building the engines of {folder} was stopped",
             "the bundle is as it was, and finished engines are kept",
             f"lp-export --engines {folder} builds the rest",
         ) from error
-
-
-def _stoppable(work: Callable[[Cancelled], tuple[EngineEntry, ...]]) -> tuple[EngineEntry, ...]:
-    """Run in a thread; KeyboardInterrupt asks it to stop and comes out when it has."""
-    stop = threading.Event()
-    results: list[tuple[EngineEntry, ...]] = []
-    failures: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(work(stop.is_set))
-        except BaseException as error:  # noqa: BLE001 - carried across and raised below
-            failures.append(error)
-
-    # A daemon, so that a second Ctrl-C ends the process while TensorRT 8 is still measuring: files are renamed when whole.
-    thread = threading.Thread(target=run, name="engines", daemon=True)
-    thread.start()
-    try:
-        while thread.is_alive():
-            thread.join(_POLL_S)
-    except KeyboardInterrupt:
-        stop.set()
-        thread.join()
-        raise
-    if failures:
-        raise failures[0]
-    return results[0]
 
 
 def engine_json(entry: EngineEntry) -> dict[str, Any]:

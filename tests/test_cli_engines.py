@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,16 +18,19 @@ from click.testing import CliRunner, Result
 pytest.importorskip("onnx", reason="the export extra (onnx) is not installed")
 
 from lp_edge import cli
+from lp_edge.engines import BackendConfig, open_bundle, tensorrt, trt_build
 from lp_edge.engines import cuda as cuda_module
-from lp_edge.engines import open_bundle
 from lp_edge.engines.cuda import open_cuda
 from lp_edge.engines.trt_build import TensorRtConfig
 from lp_edge.export import engines
+from lp_edge.runtime.image import write_image
+from lp_edge.runtime.pixels import open_device_graph
 from lp_edge.tests.fake_cuda.device import H200, NO_DEVICE, FakeCuda, Personality
 from lp_edge.tests.fake_tensorrt.module import VERSIONS, World, make_tensorrt
+from lp_edge.tests.test_cli import frame
 
 NETWORKS = ["face_detector", "face_mesh", "warp_decode"]
-GRAPHS = 7  # for cropping and pasting
+GRAPHS = 6  # for cropping and pasting
 
 
 def export(*args: object) -> Result:
@@ -68,7 +73,7 @@ def test_engines_of_a_finished_bundle(
     assert result.stdout.splitlines()[-1].startswith(
         f"{toy_bundle}: bundle of the family mesh, engines built in"
     )
-    assert "run them with: --backend tensorrt --backend-option max_batch=2\n" in result.stdout
+    assert "run them with: --backend tensorrt\n" in result.stdout
     kept = {path.name.split(".")[0] for path in (tmp_path / "cache" / "lp-edge" / "engines").glob("*.engine")}
     assert len(kept) == GRAPHS and "paste_still" in kept
     networks = [build.profile for build in world.builds if "image" in build.profile]
@@ -94,6 +99,23 @@ def test_options_reach_tensorrt(machine: Machine, toy_bundle: Path) -> None:
     assert not list((toy_bundle / "engines").glob("*timing*"))
     assert export("--engines", toy_bundle).exit_code == 0
     assert list((toy_bundle / "engines").glob("*timing*"))
+
+
+@pytest.mark.parametrize("version", list(VERSIONS))
+def test_a_run_without_options_takes_them_all(machine: Machine, toy_bundle: Path, version: str) -> None:
+    world = machine(version)
+    assert export("--engines", toy_bundle, "--max-batch", 1, "--workspace-mib", 64).exit_code == 0
+    config, bundle = BackendConfig("tensorrt"), open_bundle(toy_bundle)
+    for name in NETWORKS:
+        with bundle.runner(name, config) as runner:
+            assert runner.max_batch == 1
+    for path in engines.device_graphs(TensorRtConfig()):
+        open_device_graph(path.stem, config).close()
+    assert len(world.builds) == 3 + GRAPHS
+    assert export("--engines", toy_bundle).exit_code == 0
+    assert len(world.builds) == 2 * (3 + GRAPHS), "who builds gets exactly what was said"
+    with bundle.runner("warp_decode", config) as runner:
+        assert runner.max_batch == 8
 
 
 def test_engines_after_an_export(
@@ -172,7 +194,7 @@ def test_ctrl_c_stops_a_build_and_keeps_what_is_finished(
     join = threading.Thread.join
 
     def noting(self: threading.Thread, timeout: float | None = None) -> None:
-        if self.name == "engines" and timeout is None:
+        if self.name == "engines" and timeout == trt_build._GRACE_S:
             heard.set()
         join(self, timeout)
 
@@ -188,6 +210,83 @@ def test_ctrl_c_stops_a_build_and_keeps_what_is_finished(
     assert export("--engines", toy_bundle).exit_code == 0
     assert len(open_bundle(toy_bundle).manifest.engines) == 3
     assert len(world.builds) <= 4 + GRAPHS, "the finished one is not built again"
+
+
+def run(folder: Path, bundle: Path) -> Result:
+    for name, x in (("one.png", 90), ("two.png", 100)):
+        write_image(folder / name, frame(x))
+    files = [str(folder / name) for name in ("one.png", "two.png", "made.png")]
+    options = [
+        "-s",
+        files[0],
+        "-d",
+        files[1],
+        "-o",
+        files[2],
+        "--bundle",
+        str(bundle),
+        "--backend",
+        "tensorrt",
+    ]
+    return CliRunner().invoke(cli.run, options)
+
+
+@pytest.mark.parametrize("version", list(VERSIONS))
+def test_a_run_that_builds_says_so(
+    machine: Machine, toy_bundle: Path, tmp_path: Path, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = machine(version)
+    monkeypatch.setattr(tensorrt, "_TELL_S", 0.0)
+    monkeypatch.setattr(trt_build, "_POLL_S", 0.01)
+    world.during_build = lambda: time.sleep(0.05)
+    result = run(tmp_path, toy_bundle)
+    assert result.exit_code == 0, result.output
+    assert "WARNING: face_mesh: TensorRT builds its engine, once for this GPU" in result.stderr
+    assert re.search(r"WARNING: face_mesh: building.* \(\d+ s\)", result.stderr)
+    assert ("% (" in result.stderr) == (not version.startswith("8"))
+    again = run(tmp_path, toy_bundle)
+    assert again.exit_code == 0 and "builds its engine" not in again.stderr
+
+
+@pytest.mark.parametrize("version", list(VERSIONS))
+def test_ctrl_c_while_a_run_builds(
+    machine: Machine, toy_bundle: Path, tmp_path: Path, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT 8 cannot be stopped: the run ends all the same, and what comes of the build is dropped."""
+    world = machine(version)
+    monkeypatch.setattr(trt_build, "_GRACE_S", 0.2)
+    pressed, heard, ended = threading.Event(), threading.Event(), threading.Event()
+    join = threading.Thread.join
+
+    def press() -> None:
+        if len(world.builds) == 1 and not pressed.is_set():  # the second network is being built
+            pressed.set()
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            assert heard.wait(20)
+            if version.startswith("8"):
+                assert ended.wait(20)
+
+    def noting(self: threading.Thread, timeout: float | None = None) -> None:
+        if self.name == "engines" and timeout == trt_build._GRACE_S:
+            heard.set()
+        join(self, timeout)
+
+    monkeypatch.setattr(threading.Thread, "join", noting)
+    world.during_build = press
+    try:
+        result = run(tmp_path, toy_bundle)
+    finally:
+        ended.set()
+        for thread in threading.enumerate():
+            if thread.name == "engines":
+                join(thread, 20)
+    assert pressed.is_set() and result.exit_code == 130, result.output
+    assert "the run was stopped" in result.stderr and not (tmp_path / "made.png").exists()
+    kept = list((toy_bundle / "engines").iterdir())
+    assert len([path for path in kept if path.suffix == ".engine"]) == 1
+    assert not [path for path in kept if path.name.endswith(".part")]
+    world.during_build = None
+    assert run(tmp_path, toy_bundle).exit_code == 0
 
 
 def test_graphs_outside_of_the_bundle_get_engines_in_the_cache(

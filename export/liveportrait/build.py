@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, get_args
 import numpy.typing as npt
 import onnx  # noqa: TID253
 
-from lp_edge.engines import names
+from lp_edge.engines import names, trt_build
 from lp_edge.engines.bundle import Bundle, BundleWriter, CheckpointEntry, open_bundle
 from lp_edge.errors import BackendUnavailable, BundleError, ConfigError, ExportError
 from lp_edge.export import hub
@@ -511,6 +511,6 @@ def _polygraphy() -> tuple[Any, Any]:
         raise BackendUnavailable(
             f"comparing needs {package}, which is not installed",
             "expected TensorRT and Polygraphy",
-            "install TensorRT (on a Jetson it comes with JetPack), then pip install polygraphy",
+            f"{trt_build.remedy().partition(';')[0]}, then pip install 'lp-edge[tensorrt]'",
         ) from error
     return tensorrt, trt

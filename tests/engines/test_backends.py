@@ -52,7 +52,7 @@ def registry(monkeypatch: pytest.MonkeyPatch, *without: str, constant: float | N
     if constant is not None:
         value = constant
         entries["constant"] = Backend(
-            "constant", "a constant", 1, "get a better one", lambda *_: Constant(value)
+            "constant", "a constant", 1, lambda: "get a better one", lambda *_: Constant(value)
         )
     monkeypatch.setattr(backends, "BACKENDS", entries)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lp_edge.engines import cuda as cuda_module
-from lp_edge.engines.cuda import Cuda, CudaKernel, CudaStream, open_cuda, shared_cuda, size_class
+from lp_edge.engines.cuda import Cuda, CudaStream, open_cuda, shared_cuda, size_class
 from lp_edge.errors import (
     BackendUnavailable,
     ConfigError,
@@ -27,7 +27,6 @@ from lp_edge.errors import (
 from lp_edge.tests.fake_cuda.device import (
     GARBAGE,
     H200,
-    NEWER_THAN_NVRTC,
     NO_DEVICE,
     NO_DRIVER,
     OLD_DRIVER,
@@ -35,22 +34,25 @@ from lp_edge.tests.fake_cuda.device import (
     POISON,
     SMALL,
     FakeCuda,
-    Launch,
     Personality,
 )
 
-SOURCE = 'extern "C" __global__ void scale(const float* x, float* y, int n, float by) { }'
 
+def scale(fake: FakeCuda, stream: CudaStream, x: Any, y: Any, by: float) -> None:
+    """Queue what a library would: four numbers of ``x``, times ``by``, into ``y``."""
+    start, end = x.pointer, y.pointer
 
-def scale(launch: Launch, x: np.ndarray, y: np.ndarray, n: int, by: float) -> None:
-    assert math.prod(launch.grid) * math.prod(launch.block) >= n
-    np.multiply(x[:n], np.float32(by), out=y[:n])
+    def run() -> None:
+        fake.view(end, 16).view(np.float32)[:] = fake.view(start, 16).view(np.float32) * np.float32(by)
+
+    assert fake.enqueue(stream.handle, "scale", run, reads=[(start, 16)], writes=[(end, 16)]) == 0
+    x.use(stream)
+    y.use(stream)
 
 
 @pytest.fixture(params=[H200, ORIN], ids=["discrete", "integrated"])
 def fake(request: pytest.FixtureRequest) -> Iterator[FakeCuda]:
     device = FakeCuda(request.param)
-    device.kernels["scale"] = scale
     yield device
     device.verify()
 
@@ -200,18 +202,14 @@ def test_a_status_that_nobody_knows():
             cuda.memory()
 
 
-@pytest.mark.parametrize(
-    ("call", "remedy"),
-    [("cudaMemGetInfo", "cuda-python"), ("nvrtcGetSupportedArchs", "nvidia-cuda-nvrtc-cu12")],
-)
-def test_a_library_without_the_function(call: str, remedy: str):
+def test_a_library_without_the_function():
     with FakeCuda() as fake, open_cuda(runtime=fake) as cuda:
-        fake.raise_on(call, RuntimeError('Function "x"\nnot found'))
+        fake.raise_on("cudaMemGetInfo", RuntimeError('Function "x"\nnot found'))
         with pytest.raises(
             BackendUnavailable,
-            match=rf'{call} cannot be called through a fake \(Function "x" not found\).*{remedy}',
+            match=r"cudaMemGetInfo cannot be called through a fake \(Function \"x\" not found\).*lp-edge\[gpu\]",
         ):
-            cuda.memory() if call == "cudaMemGetInfo" else cuda.kernel(SOURCE, "scale")
+            cuda.memory()
 
 
 def test_a_lost_device_is_logged_once_at_the_end(caplog: pytest.LogCaptureFixture):
@@ -326,8 +324,10 @@ def test_memory_for_the_stream_that_uses_it_still(cuda: Cuda, fake: FakeCuda, st
     assert out.tolist() == [9]
 
 
-@pytest.mark.parametrize("work", ["up", "down", "from", "to", "fill", "kernel", "graph"])
-def test_everything_that_is_queued_holds_its_buffers_back(cuda: Cuda, stream: CudaStream, work: str):
+@pytest.mark.parametrize("work", ["up", "down", "from", "to", "fill", "library", "graph"])
+def test_everything_that_is_queued_holds_its_buffers_back(
+    cuda: Cuda, fake: FakeCuda, stream: CudaStream, work: str
+):
     buffer, other, image = cuda.alloc(512), cuda.alloc(512), cuda.pinned(512)
     view = image.array(np.uint8)
     if work == "graph":
@@ -345,8 +345,8 @@ def test_everything_that_is_queued_holds_its_buffers_back(cuda: Cuda, stream: Cu
             cuda.copy_on_device(other, buffer, 512, stream)
         elif work == "fill":
             cuda.fill(buffer, 1, stream)
-        elif work == "kernel":
-            cuda.kernel(SOURCE, "scale")(1, 1, (buffer, other, np.int32(1), np.float32(1)), stream)
+        elif work == "library":
+            scale(fake, stream, buffer, other, 1)
         else:
             graph.launch(stream)
     pointer = buffer.pointer
@@ -425,7 +425,7 @@ def test_pinned_memory_is_mapped_where_host_and_device_share_it(
     host = image.array(np.float32)
     host[:] = 3
     assert image.pointer == image.pointer != image.address and fake.count("cudaHostGetDevicePointer") == 1
-    cuda.kernel(SOURCE, "scale")(1, 32, (image, image, np.int32(4), np.float32(2)), stream)
+    scale(fake, stream, image, image, 2)
     assert host.tolist() == [3] * 4
     stream.synchronize()
     assert host.tolist() == [6] * 4
@@ -549,11 +549,11 @@ def test_events_tell_when_and_how_long(cuda: Cuda, stream: CudaStream):
 
 
 def test_a_graph_runs_what_was_captured(cuda: Cuda, fake: FakeCuda, stream: CudaStream):
-    kernel, buffer, image = cuda.kernel(SOURCE, "scale"), cuda.alloc(16), cuda.pinned(16)
+    buffer, image = cuda.alloc(16), cuda.pinned(16)
     image.array(np.float32)[:] = 1
     with cuda.capture(stream) as graph:
         cuda.copy_to_device(image.array(np.float32), buffer, stream)
-        kernel(1, 32, (buffer, buffer, np.int32(4), np.float32(3)), stream)
+        scale(fake, stream, buffer, buffer, 3)
         cuda.copy_to_host(buffer, image.array(np.float32), stream)
     assert stream.done
     for wanted in (3, 9, 27):
@@ -606,7 +606,6 @@ def test_what_may_not_be_done_in_a_capture(cuda: Cuda, fake: FakeCuda, stream: C
         lambda: cuda.alloc(4),
         lambda: cuda.pinned(4),
         lambda: cuda.trim(),
-        lambda: cuda.kernel(SOURCE, "scale"),
         lambda: cuda.copy_to_device(np.zeros(4, np.uint8), buffer, stream),
         lambda: cuda.copy_to_host(buffer, np.zeros(4, np.uint8), stream),
         lambda: cuda.capture(cuda.stream()).__enter__(),
@@ -666,98 +665,17 @@ def test_buffers_closed_in_a_capture_come_back_after_it(cuda: Cuda, fake: FakeCu
     assert fake.count("cudaMalloc") <= 3
 
 
-# -- kernels ------------------------------------------------------------------------------------
-
-
-def test_a_kernel_is_compiled_once(cuda: Cuda, fake: FakeCuda, stream: CudaStream):
-    kernel = cuda.kernel(SOURCE, "scale")
-    assert isinstance(kernel, CudaKernel) and cuda.kernel(SOURCE, "scale") is kernel
-    with ThreadPoolExecutor(4) as pool:
-        assert all(found is kernel for found in pool.map(lambda _: cuda.kernel(SOURCE, "scale"), range(16)))
-    assert fake.count("nvrtcCompileProgram") == 1
-    assert cuda.kernel(SOURCE, "scale", options=["--fmad=false"]) is not kernel
-    options = [call.inputs[2] for call in fake.calls if call.name == "nvrtcCompileProgram"]
-    major, minor = cuda.compute_capability
-    arch = f"--gpu-architecture=sm_{major}{minor}".encode()
-    assert options == [[arch], [arch, b"--fmad=false"]]
-    assert fake.count("nvrtcDestroyProgram") == 2
-
-
-def test_two_kernels_of_one_source(cuda: Cuda, fake: FakeCuda):
-    both = SOURCE + ' extern "C" __global__ void other(float* x) { }'
-    assert cuda.kernel(both, "scale").name == "scale" and cuda.kernel(both, "other").name == "other"
-    assert fake.count("nvrtcCompileProgram") == 1
-    with pytest.raises(EngineError, match=r"cuModuleGetFunction .* for kernel 'third'"):
-        cuda.kernel(both, "third")
-
-
-def test_a_device_that_nvrtc_does_not_know_gets_ptx():
-    with FakeCuda(NEWER_THAN_NVRTC) as fake, open_cuda(runtime=fake) as cuda:
-        fake.kernels["scale"] = scale
-        stream, buffer = cuda.stream(), cuda.alloc(8)
-        cuda.copy_to_device(np.ones(2, np.float32), buffer, stream)
-        cuda.kernel(SOURCE, "scale")(1, 2, (buffer, buffer, np.int32(2), np.float32(4)), stream)
-        stream.synchronize()
-        assert fake.view(buffer.pointer, 8).view(np.float32).tolist() == [4, 4]
-        assert fake.count("nvrtcGetPTX") == 1 and not fake.count("nvrtcGetCUBIN")
-
-
-def test_a_device_that_nvrtc_no_longer_knows():
-    words = r"NVRTC 12.4 does not compile for GTX 680.*begins at 5.0"
-    with FakeCuda(Personality("GTX 680", (3, 0), 8, 1 << 20)) as fake, open_cuda(runtime=fake) as cuda:  # noqa: SIM117
-        with pytest.raises(BackendUnavailable, match=words):
-            cuda.kernel(SOURCE, "scale")
-
-
-def test_a_driver_that_is_older_than_nvrtc(cuda: Cuda, fake: FakeCuda):
-    fake.fail("cuModuleLoadData", 222)
-    with pytest.raises(
-        BackendUnavailable, match=r"cuModuleLoadData .* for a compiled kernel.*update the NVIDIA driver"
-    ):
-        cuda.kernel(SOURCE, "scale")
-    assert cuda.kernel(SOURCE, "scale")
-
-
-def test_source_that_does_not_compile(cuda: Cuda, fake: FakeCuda):
-    with pytest.raises(
-        EngineError, match=r'NVRTC_ERROR_COMPILATION \(6\) with --gpu-architecture=sm_\d+: .*expected a "}"'
-    ):
-        cuda.kernel(SOURCE[:-2], "scale")
-    fake.fail("nvrtcCreateProgram", 1)
-    with pytest.raises(LimitError, match="NVRTC_ERROR_OUT_OF_MEMORY"):
-        cuda.kernel(SOURCE, "scale")
-
-
-def test_wrong_launches(cuda: Cuda, fake: FakeCuda, stream: CudaStream):
-    kernel, buffer = cuda.kernel(SOURCE, "scale"), cuda.alloc(8)
-    right = (buffer, buffer, np.int32(2), np.float32(2))
-    for grid, block, args, words in (
-        (0, 1, right, "grid is 0"),
-        ((1, 1, 1, 1), 1, right, "grid is"),
-        (1, (), right, "block is"),
-        (1, (32, 33), right, "1024 threads at most"),
-        (1, 1, (buffer, buffer, 2, np.float32(2)), "argument 2 is a int"),
-        (1, 1, (buffer, np.zeros(2), np.int32(2), np.float32(2)), "argument 1 is a ndarray"),
-    ):
-        with pytest.raises(EngineError, match=words):
-            kernel(grid, block, args, stream)
-    fake.fail("cuLaunchKernel", 701)
-    with pytest.raises(EngineError, match=r"\(701\).* for scale, grid \(1, 1, 1\), block \(2, 1, 1\)"):
-        kernel(1, 2, right, stream)
-
-
 # -- threads and the end ------------------------------------------------------------------------
 
 
 def test_threads_allocate_copy_and_launch_at_once(cuda: Cuda, fake: FakeCuda):
     def work(value: int) -> bool:
         stream = cuda.stream()
-        kernel = cuda.kernel(SOURCE, "scale")
         for _ in range(5):
             with cuda.alloc(16) as x, cuda.alloc(16) as y:
                 out = np.empty(4, np.float32)
                 cuda.copy_to_device(np.full(4, value, np.float32), x, stream)
-                kernel(1, 32, (x, y, np.int32(4), np.float32(2)), stream)
+                scale(fake, stream, x, y, 2)
                 cuda.copy_to_host(y, out, stream)
                 stream.synchronize()
                 if out.tolist() != [2 * value] * 4:
@@ -773,7 +691,6 @@ def test_threads_allocate_copy_and_launch_at_once(cuda: Cuda, fake: FakeCuda):
 def test_close_frees_what_is_in_other_hands(fake: FakeCuda):
     cuda = open_cuda(runtime=fake)
     stream, event, buffer, image = cuda.stream(), cuda.event(), cuda.alloc(8), cuda.pinned(8)
-    kernel = cuda.kernel(SOURCE, "scale")
     with cuda.capture(stream) as graph:
         cuda.fill(buffer, 1, stream)
     cuda.alloc(8).close()
@@ -792,8 +709,6 @@ def test_close_frees_what_is_in_other_hands(fake: FakeCuda):
         lambda: cuda.pinned(8),
         lambda: buffer.pointer,
         lambda: image.array(np.uint8),
-        lambda: cuda.kernel(SOURCE, "scale"),
-        lambda: kernel(1, 1, (np.int32(0),), stream),
     ]
     for use in uses:
         with pytest.raises(EngineError, match="closed"):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lp_edge.engines import BackendConfig, backends, names, open_runner, ort, ort_gpu
-from lp_edge.errors import BackendUnavailable, BundleError, EngineError, TensorError
+from lp_edge.errors import BackendUnavailable, BundleError, ConfigError, EngineError, TensorError
 
 WARP = "warp_decode.onnx"
 
@@ -48,6 +48,16 @@ def test_results_belong_to_the_caller(warp: ort.OrtRunner) -> None:
     assert first.flags.writeable and first[..., 0].min() == 5
     warp.infer(feeds(9))
     assert first[..., 0].max() == 5
+
+
+@pytest.mark.parametrize("option", ["foo", "use_arena", "device_id"])
+def test_the_cpu_has_no_options(toys: Path, option: str) -> None:
+    config = BackendConfig("cpu", provider_options={option: "1"})
+    with pytest.raises(
+        ConfigError, match=f"backend cpu is given the options {option}; expected none"
+    ) as caught:
+        open_runner(toys / WARP, config)
+    assert "--threads" in caught.value.remedy
 
 
 def test_bytes_and_path_agree(toys: Path, warp: ort.OrtRunner) -> None:

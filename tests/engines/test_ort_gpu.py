@@ -503,6 +503,42 @@ def test_results_of_a_replay_are_not_overwritten_by_the_next(place: Place, toys:
         assert [red(results) for results in kept] == [1, 2, 3, 4, 5]
 
 
+def test_other_threads_go_on_while_a_launch_is_recorded(place: Place, toys: Path) -> None:
+    """They allocate, and drop memory that the network's stream used; the fake tells of calls that spoil the recording."""
+    machine = place()
+    with OrtRunner(toys / WARP, CUDA, provider_options={"enable_cuda_graph": "1"}) as runner:
+        assert runner._gpu is not None
+        cuda, done = runner._gpu.cuda, []
+        kept = [runner.infer(feeds(1), keep=True)]
+
+        def work() -> None:
+            kept.clear()
+            with cuda.alloc(1 << 20) as fresh, cuda.alloc(1 << 21):
+                stream = cuda.transfer_stream()
+                cuda.fill(fresh, 1, stream)
+                stream.synchronize()
+            done.append(True)
+
+        def meanwhile() -> None:
+            machine.during_record = None
+            other = threading.Thread(target=work)
+            other.start()
+            other.join(20)
+
+        machine.during_record = meanwhile
+        assert red(runner.infer(feeds(2, n=2))) == 2
+        assert done and machine.recorded == 2
+
+
+def test_who_waits_for_results_sleeps(place: Place, toys: Path) -> None:
+    machine = place()
+    with OrtRunner(toys / WARP, CUDA) as runner:
+        machine.cuda.calls.clear()
+        runner.infer(feeds(1), keep=True)
+        made = [call.inputs[0] for call in machine.cuda.calls if call.name == "cudaEventCreateWithFlags"]
+        assert made.count(3) >= 2, "an event for each result, blocking and without timing"
+
+
 def test_tensorrt_records_one_set_of_shapes(place: Place, toys: Path) -> None:
     place()
     with OrtRunner(toys / WARP, TENSORRT, provider_options={"trt_cuda_graph_enable": "True"}) as runner:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,18 @@ import pytest
 
 onnx = pytest.importorskip("onnx")
 
-from lp_edge.engines import BackendConfig, names, open_bundle, open_runner, tensorrt, trt_cache
+from lp_edge.engines import (
+    BackendConfig,
+    names,
+    open_bundle,
+    open_runner,
+    tensorrt,
+    trt_build,
+    trt_cache,
+    trt_graph,
+)
 from lp_edge.engines import cuda as cuda_module
+from lp_edge.engines.backends import BACKENDS
 from lp_edge.engines.bundle import EngineKey, key_json
 from lp_edge.engines.cuda import Cuda, open_cuda
 from lp_edge.engines.device import DeviceArray, concatenate, to_device
@@ -36,7 +47,7 @@ from lp_edge.errors import (
     OutputError,
     TensorError,
 )
-from lp_edge.tests.engines.test_tensorrt_build import half_model
+from lp_edge.tests.engines.test_tensorrt_build import half_model, quantised_model
 from lp_edge.tests.fake_cuda.device import H200, ORIN, FakeCuda
 from lp_edge.tests.fake_tensorrt.module import VERSIONS, World, make_tensorrt
 
@@ -853,7 +864,7 @@ def test_a_damaged_engine_is_built_again(
     with place.open(toys / WARP) as runner:
         assert red(runner.infer(feeds(4))) == {4}
     assert len(place.world.builds) == 2
-    assert ("building it again" in caplog.text) == (damage in ("cut", "altered", "gone"))
+    assert ("is not taken" in caplog.text) == (damage in ("cut", "altered", "gone"))
     place.open(toys / WARP).close()
     assert len(place.world.builds) == 2
 
@@ -866,7 +877,7 @@ def test_an_engine_that_tensorrt_refuses_is_built_again(
     with place.open(toys / WARP) as runner:
         assert red(runner.infer(feeds(4))) == {4}
     assert len(place.world.builds) == 2
-    assert "does not take the engine that was kept (" in caplog.text and "Version tag" in caplog.text
+    assert "does not take the engine " in caplog.text and "Version tag" in caplog.text
 
 
 def test_a_fresh_engine_that_does_not_load(place: Place, toys: Path) -> None:
@@ -986,6 +997,167 @@ def test_folders(toy_bundle: Path, toys: Path, tmp_path: Path, monkeypatch: pyte
     )  # ours is not the user's to write into
 
 
+# -- engines for other options ----------------------------------------------------------------------
+
+AXES = CONFIG.axes
+
+
+def batch_of(place: Place, toys: Path, **options: Any) -> int | None:
+    """The largest batch of what a run with these options opens, after it ran."""
+    with place.open(toys / WARP, config=TensorRtConfig(**{"axes": AXES, **options})) as runner:
+        assert red(runner.infer(feeds(4))) == {4}
+        return runner.max_batch
+
+
+def test_what_was_asked_for_serves_a_run_without_options(
+    place: Place, toys: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "lp_edge")
+    assert batch_of(place, toys, max_batch=1, workspace_mib=64) == 1
+    assert batch_of(place, toys) == 1 and len(place.world.builds) == 1
+    assert "built for batches up to 1 with " in caplog.text and "workspace_mib=64" in caplog.text
+    (engine,) = place.folder.glob("*.engine")
+    assert str(engine) in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kept", "wanted", "taken"),
+    [
+        ({"max_batch": 1}, {"max_batch": 2}, False),
+        ({"max_batch": 4, "usual_batch": 1}, {"usual_batch": 1}, True),
+        ({"max_batch": 4, "usual_batch": 1}, {"usual_batch": 2}, False),
+        ({"max_batch": 4, "usual_batch": 1}, {"max_batch": 4}, True),
+        ({"max_batch": 1, "workspace_mib": 64}, {"max_batch": 1}, True),
+        ({"max_batch": 1, "workspace_mib": 64}, {"workspace_mib": 32}, False),
+        ({"max_batch": 1}, {"workspace_mib": 32}, False),
+        ({"workspace_mib": 64}, {}, True),
+        ({"max_batch": 1, "tf32": True}, {}, False),
+        ({"max_batch": 1}, {"tf32": True}, False),
+        ({"max_batch": 1, "tf32": True}, {"tf32": True}, True),
+        ({"max_batch": 1, "axes": {"H": (4, 8, 32), "W": (4, 8, 32)}}, {}, False),
+    ],
+)
+def test_options_that_are_given_are_honoured(
+    place: Place, toys: Path, kept: dict[str, Any], wanted: dict[str, Any], taken: bool
+) -> None:
+    batch_of(place, toys, **kept)
+    batch_of(place, toys, **wanted)
+    assert len(place.world.builds) == (1 if taken else 2)
+
+
+@pytest.mark.parametrize("version", ["8.6", "10.3", "11.4"])
+def test_levels_that_are_left_open(places: Callable[..., Place], toys: Path, version: str) -> None:
+    place = places(version)
+    assert batch_of(place, toys, max_batch=2, optimization_level=1, hardware_compatibility=True) == 2
+    assert batch_of(place, toys) == 2 and len(place.world.builds) == 1
+    assert batch_of(place, toys, optimization_level=2) == 8 and len(place.world.builds) == 2
+
+
+def test_other_typing_is_another_network(places: Callable[..., Place], toys: Path) -> None:
+    place = places("10.3")
+    batch_of(place, toys, max_batch=1, strongly_typed=False)
+    assert batch_of(place, toys) == 8 and len(place.world.builds) == 2
+
+
+def test_of_two_candidates_the_larger_batch_wins(place: Place, toys: Path) -> None:
+    for batch in (2, 4, 1):
+        batch_of(place, toys, max_batch=batch)
+    assert batch_of(place, toys) == 4 and len(place.world.builds) == 3
+
+
+def test_of_equal_batches_the_newest_wins(place: Place, toys: Path) -> None:
+    for age, workspace in ((1, 64), (3, 32), (2, 16)):
+        batch_of(place, toys, max_batch=2, workspace_mib=workspace)
+        (fresh,) = (p for p in place.folder.glob("*.engine") if p.stat().st_mtime > 1e9)
+        os.utime(fresh, (1000 - age, 1000 - age))
+    with place.open(toys / WARP, config=TensorRtConfig(axes=AXES)) as runner:
+        assert "workspace_mib=64" in runner.key.flags
+
+
+def test_the_engine_for_exactly_these_options_comes_first(place: Place, toys: Path) -> None:
+    assert batch_of(place, toys) == 8
+    batch_of(place, toys, max_batch=16)
+    assert batch_of(place, toys) == 8 and len(place.world.builds) == 2
+    with place.open(toys / WARP, config=TensorRtConfig(axes=AXES, usual_batch=4), exact=True):
+        assert len(place.world.builds) == 3
+
+
+def test_batches_that_nobody_asked_for_are_not_taken(
+    place: Place, toys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A card of the same name with less memory."""
+    assert batch_of(place, toys) == 8
+    monkeypatch.setattr(tensorrt, "default_max_batch", lambda memory: 4)
+    assert batch_of(place, toys) == 4 and len(place.world.builds) == 2
+
+
+@pytest.mark.parametrize("damage", ["altered", "gone", "refused"])
+def test_a_damaged_candidate_is_passed_over(
+    place: Place, toys: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    batch_of(place, toys, max_batch=2)
+    (small,) = place.folder.glob("*.engine")
+    batch_of(place, toys, max_batch=4)
+    for path in set(place.folder.glob("*.engine")) - {small}:
+        if damage == "gone":
+            path.unlink()
+        elif damage == "altered":
+            path.write_bytes(path.read_bytes()[:-1])
+        else:
+            place.world.load_error = ("INTERNAL_ERROR", "Version tag does not match", 1)
+    assert batch_of(place, toys) == 2 and len(place.world.builds) == 2
+    assert damage == "gone" or "take" in caplog.text
+    small.unlink()
+    assert batch_of(place, toys, max_batch=0) in (4, 8)
+    assert len(place.world.builds) == (2 if damage == "refused" else 3)
+
+
+def test_what_the_manifest_tells_of_is_taken(place: Place, toy_bundle: Path) -> None:
+    config = TensorRtConfig(max_batch=2, axes=AXES)
+    build_bundle_engines(toy_bundle, cuda=place.cuda, config=config, trt=place.trt)
+    for entry in (toy_bundle / "engines").glob("*.json"):
+        entry.unlink()
+    with place.open(toy_bundle / WARP, cache_dir=None, config=TensorRtConfig(axes=AXES)) as runner:
+        assert runner.max_batch == 2
+    assert len(place.world.builds) == 3
+
+
+# -- 8-bit floating point ---------------------------------------------------------------------------
+
+ADA = replace(H200, name="NVIDIA L4", compute_capability=(8, 9))
+T4 = replace(H200, name="Tesla T4", compute_capability=(7, 5))
+
+
+@pytest.mark.parametrize(
+    ("version", "device", "words"),
+    [
+        ("10.3", ORIN, "compute capability 8.7"),
+        ("10.3", T4, "compute capability 7.5"),
+        ("8.5", ADA, "TensorRT 8.5"),
+    ],
+)
+def test_fp8_where_it_is_not_known(
+    places: Callable[..., Place], version: str, device: Any, words: str
+) -> None:
+    place = places(version, device)
+    with pytest.raises(ConfigError, match=f"quantised to fp8, which {words}") as caught:
+        place.open(quantised_model(onnx.TensorProto.FLOAT8E4M3FN))
+    assert "int8" in caught.value.remedy and not place.world.builds and not place.folder.exists()
+
+
+@pytest.mark.parametrize("device", [ADA, H200], ids=["8.9", "9.0"])
+def test_fp8_passes_where_it_is_known(places: Callable[..., Place], device: Any) -> None:
+    place = places("10.3", device)
+    graph = trt_graph.read_graph(quantised_model(onnx.TensorProto.FLOAT8E4M3FN))
+    trt_build.check_precision(place.trt, graph, place.cuda.compute_capability, "w")
+    assert graph.precision == "fp8" and graph.quantised == {"float8e4m3fn"}
+
+
+def test_int8_runs_on_all(place: Place) -> None:
+    with place.open(quantised_model()) as runner:
+        assert runner.key.precision == "int8"
+
+
 # -- bundles ----------------------------------------------------------------------------------------
 
 
@@ -1027,17 +1199,12 @@ def test_a_bundle_network_through_the_registry(
     monkeypatch.setitem(sys.modules, "tensorrt", place.trt)
     monkeypatch.setattr(cuda_module, "open_cuda", lambda device: open_cuda(device, runtime=place.world.cuda))
     options = {"max_batch": "4", "axes": "H=4:8:64,W=4:8:64"}
-    monkeypatch.setattr(tensorrt, "_TELL_S", 0.0)
-    caplog.set_level(logging.INFO, "lp_edge")
     config = BackendConfig("tensorrt", provider_options=options)
     runner = tensorrt.open_backend(toy_bundle / WARP, config, "warp_decode")
     with runner:
         assert red(runner.infer(feeds(3))) == {3}
     assert list((toy_bundle / "engines").glob("*.engine"))
-    assert "warp_decode: parsing" in caplog.text
-    assert ("warp_decode: building: Building Engine, 100%" in caplog.text) == hasattr(
-        place.trt, "IProgressMonitor"
-    )
+    assert "warp_decode: TensorRT builds its engine, once for this GPU; that takes minutes" in caplog.text
     with pytest.raises(ConfigError, match="unknown option 'batch'"):
         tensorrt.open_backend(
             toy_bundle / WARP, BackendConfig("tensorrt", provider_options={"batch": "1"}), "w"
@@ -1052,7 +1219,9 @@ def test_without_tensorrt(toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendUnavailable) as caught:
         tensorrt.open_backend(toys / WARP, BackendConfig("tensorrt"), "warp")
     assert caught.value.got.startswith("backend tensorrt is not there: tensorrt cannot be imported")
-    assert "JetPack" in caught.value.remedy and "pip install tensorrt" in caught.value.remedy
+    assert "tensorrt-cu13 (driver 580 or newer)" in caught.value.remedy and "lp-doctor" in caught.value.remedy
+    monkeypatch.setattr(trt_build, "_TEGRA", Path(__file__))
+    assert "JetPack's Python with --system-site-packages" in BACKENDS["tensorrt"].remedy
 
 
 def test_without_cuda(places: Callable[..., Place], toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:

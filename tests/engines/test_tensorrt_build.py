@@ -269,6 +269,12 @@ def test_a_graph_of_single_precision_needs_no_flags(version: str, toys: Path) ->
     assert world.builds[1].flags == {"TF32"}
 
 
+def test_precision_of_quantised_graphs() -> None:
+    kinds = {TensorProto.INT8: "int8", TensorProto.UINT8: "int8", TensorProto.FLOAT8E4M3FN: "fp8",
+             TensorProto.FLOAT8E5M2: "fp8"}  # fmt: skip
+    assert {zero: read_graph(quantised_model(zero)).precision for zero in kinds} == kinds
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_quantised_graphs(version: str) -> None:
     trt, graph = make_tensorrt(version, World()), read_graph(quantised_model())
@@ -324,7 +330,7 @@ def test_contexts_may_share_the_profile_where_they_can(version: str) -> None:
 def test_no_gpu(version: str) -> None:
     with pytest.raises(BackendUnavailable, match=r"makes no builder .*nullptr") as caught:
         build(version, World(gpu=False))
-    assert "JetPack" in caught.value.remedy and "--backend" in caught.value.remedy
+    assert "tensorrt-cu12 (525 or newer)" in caught.value.remedy and "--backend" in caught.value.remedy
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -7,7 +7,6 @@ copy is still reading, use after free, freeing twice or under queued work, calls
 the with block) fails on violations and on leaks::
 
     with FakeCuda(ORIN) as fake:
-        fake.kernels["double_it"] = lambda launch, x, n: np.multiply(x[:n], 2, out=x[:n])
         with open_cuda(runtime=fake) as cuda:
             ...
 
@@ -16,12 +15,13 @@ A fake of a library that works on the device (TensorRT) queues its own work with
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import re
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 GARBAGE, POISON, FREED = 0xCD, 0xDB, 0xDD
 
-NO_CONTEXT, INVALID_HANDLE, INVALID_VALUE, NOT_FOUND = 201, 400, 1, 500
+NO_CONTEXT, INVALID_HANDLE, INVALID_VALUE = 201, 400, 1
 UNSUPPORTED_IN_CAPTURE, CAPTURE_INVALID, UNJOINED, ISOLATION, WRONG_THREAD = 900, 901, 904, 905, 908
 ILLEGAL_STATE = 401
 NOT_READY = 600
@@ -53,7 +53,6 @@ class Personality:
     driver: int = 12040
     runtime: int = 12040
     devices: int = 1
-    archs: tuple[int, ...] = (50, 60, 70, 75, 80, 86, 87, 89, 90)
     tells_clocks: bool = True
     statuses: tuple[tuple[str, int], ...] = ()  # calls that always fail
 
@@ -64,7 +63,6 @@ SMALL = replace(H200, name="Small", memory=1 << 20)
 NO_DEVICE = replace(H200, statuses=(("cudaGetDeviceCount", 100),))
 OLD_DRIVER = replace(H200, driver=11040, statuses=(("cudaGetDeviceCount", 35),))
 NO_DRIVER = replace(H200, driver=0, statuses=(("cudaGetDeviceCount", 35),))
-NEWER_THAN_NVRTC = replace(H200, name="NVIDIA B200", compute_capability=(10, 0))
 
 _NAMES = {
     1: "cudaErrorInvalidValue",
@@ -75,34 +73,14 @@ _NAMES = {
     900: "cudaErrorStreamCaptureUnsupported",
     901: "cudaErrorStreamCaptureInvalidated",
 }
-_NVRTC_NAMES = {1: "NVRTC_ERROR_OUT_OF_MEMORY", 5: "NVRTC_ERROR_INVALID_OPTION", 6: "NVRTC_ERROR_COMPILATION"}
 
 # What needs no context, and is no part of the device's work.
 _FREE = re.compile(
-    r"nvrtc|cudaGet|cuCtx|cudaDriver|cudaRuntime|cudaSetDevice|cudaDeviceGetAttribute|cuDeviceGetName"
+    r"cudaGet|cuCtx|cudaDriver|cudaRuntime|cudaSetDevice|cudaDeviceGetAttribute|cuDeviceGetName"
 )
 # What a thread may not do while it captures.
 _UNSAFE = re.compile(
-    r"cuda(Malloc|Free|HostAlloc|FreeHost|(Device|Stream|Event)Synchronize|(Stream|Event)Query|StreamDestroy)$|cuModule"
-)
-
-_C_TYPES: dict[str, Any] = {
-    "int": ctypes.c_int32,
-    "unsigned int": ctypes.c_uint32,
-    "unsigned": ctypes.c_uint32,
-    "float": ctypes.c_float,
-    "double": ctypes.c_double,
-    "long long": ctypes.c_int64,
-    "unsigned long long": ctypes.c_uint64,
-    "size_t": ctypes.c_uint64,
-    "unsigned char": ctypes.c_uint8,
-    "short": ctypes.c_int16,
-    "unsigned short": ctypes.c_uint16,
-    "bool": ctypes.c_bool,
-    "__half": ctypes.c_uint16,
-}
-_KERNEL = re.compile(
-    r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\([^)]*\)\s*)?(\w+)\s*\(([^)]*)\)'
+    r"cuda(Malloc|Free|HostAlloc|FreeHost|(Device|Stream|Event)Synchronize|(Stream|Event)Query|StreamDestroy)$"
 )
 
 
@@ -114,15 +92,6 @@ class Call:
     inputs: tuple[Any, ...]
     status: int
     thread: int
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Sizes of a kernel's launch."""
-
-    grid: tuple[int, int, int]
-    block: tuple[int, int, int]
-    shared_bytes: int
 
 
 @dataclass(eq=False)
@@ -194,21 +163,11 @@ class Stream:
     capture: Capture | None = None
 
 
-@dataclass(eq=False)
-class Program:
-    source: str
-    log: bytes = b""
-    image: bytes = b""
-    kind: str = ""
-
-
 class FakeCuda:
     """A device. It is a :class:`lp_edge.engines.cuda_calls.CudaRuntime`.
 
     Attributes:
         calls: all calls in order but those that only make the device current.
-        kernels: NumPy implementations by name: called with a :class:`Launch` and the arguments, pointers as flat arrays of
-            the parameter's type from that address to the end of its allocation.
         violations: what was done wrong so far.
     """
 
@@ -216,13 +175,14 @@ class FakeCuda:
         self.personality = personality
         self.words = "a fake"
         self.calls: list[Call] = []
-        self.kernels: dict[str, Callable[..., None]] = {}
         self.violations: list[str] = []
         self.broken = 0
         self._lock = threading.RLock()
         self._plan: dict[str, deque[int]] = {}
         self._raises: dict[str, Exception] = {}
         self._device: dict[int, int] = {}  # of a thread: index + 1 once a context is current
+        self._modes: dict[int, int] = {}  # of threads, how captures of others concern them
+        self._recorded: tuple[int, int] | None = None
         self._last = 0
         self._next = 0x7F00_0000_0000
         self._handle = 0x1000
@@ -231,8 +191,6 @@ class FakeCuda:
         self._streams: list[Stream] = []  # also destroyed ones: what is queued there runs some time
         self._host: dict[int, int] = {}  # ticks of every stream that the host knows to be done
         self._clock_ms = 0.0
-        self._functions: dict[int, tuple[int, str, tuple[tuple[bool, bool, Any], ...]]] = {}
-        self._images: dict[int, dict[str, tuple[tuple[bool, bool, Any], ...]]] = {}
 
     # -- for tests ------------------------------------------------------------------------------
 
@@ -329,16 +287,14 @@ class FakeCuda:
         kinds = [kind for kind in prototype.parameters if kind[0] not in ">="]
         assert len(kinds) == len(inputs), f"{name} takes {kinds}, got {inputs}"
         for kind, value in zip(kinds, inputs, strict=True):
-            wanted = {"text": bytes, "texts": list, "buffer": bytearray}.get(kind, int)
-            assert type(value) is wanted, f"{name}: {kind} got {value!r}"
-            assert wanted is not int or value >= 0, f"{name}: {kind} got {value!r}"
+            assert type(value) is int and value >= 0, f"{name}: {kind} got {value!r}"
         with self._lock:
             result = self._make(name, inputs)
             if name != "cuCtxSetCurrent":
                 self.calls.append(Call(name, inputs, result[0], threading.get_ident()))
             if result[0] and name.startswith("cuda") and name != "cudaGetLastError":
                 self._last = result[0]
-            written = [kind for kind in prototype.parameters if kind[0] in ">="]
+            written = [kind for kind in prototype.parameters if kind[0] in ">=*"]
             assert result[0] or len(result) == 1 + len(written), f"{name} gave {result}"
             return result
 
@@ -356,12 +312,38 @@ class FakeCuda:
             if not self._device.get(threading.get_ident()):
                 self.violations.append(f"{name} in a thread without a context")
                 return (NO_CONTEXT,)
+            self._beside_recording(name, inputs)
             capture = self._capture_here()
             if capture is not None and _UNSAFE.match(name):
                 capture.valid = False
                 return (UNSUPPORTED_IN_CAPTURE,)
         result = getattr(self, f"_{name}")(*inputs)
         return result if isinstance(result, tuple) else (result,)
+
+    @contextlib.contextmanager
+    def recording(self, stream: int) -> Iterator[None]:
+        """While a library captures a stream in the global mode, in this thread."""
+        with self._lock:
+            self._recorded = (threading.get_ident(), stream)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._recorded = None
+
+    def _beside_recording(self, name: str, inputs: tuple[Any, ...]) -> None:
+        if self._recorded is None or self._recorded[0] == (thread := threading.get_ident()):
+            return
+        asks = re.match(r"cuda(Stream(Query|Synchronize)|EventRecord|DeviceSynchronize)$", name)
+        if asks and (not inputs or inputs[-1] == self._recorded[1]):
+            self.violations.append(f"{name} spoils what another thread captures in that stream")
+        elif _UNSAFE.match(name) and not self._modes.get(thread):
+            self.violations.append(f"{name} while another thread captures in the global mode")
+
+    def _cudaThreadExchangeStreamCaptureMode(self, mode: int) -> Any:
+        before = self._modes.get(threading.get_ident(), 0)
+        self._modes[threading.get_ident()] = mode
+        return 0, before
 
     # devices
 
@@ -776,134 +758,6 @@ class FakeCuda:
                     self.violations.append(f"use after free: graph with {work.label}")
             self._queue(stream, replace(work, sums=[], poisoned=[]))
         return 0
-
-    # kernels
-
-    def _nvrtcVersion(self) -> Any:
-        return 0, self.personality.runtime // 1000, self.personality.runtime % 1000 // 10
-
-    def _nvrtcGetErrorString(self, status: int) -> Any:
-        return 0, _NVRTC_NAMES.get(status, f"NVRTC_ERROR_{status}").encode()
-
-    def _nvrtcGetNumSupportedArchs(self) -> Any:
-        return 0, len(self.personality.archs)
-
-    def _nvrtcGetSupportedArchs(self) -> Any:
-        return 0, self.personality.archs
-
-    def _nvrtcCreateProgram(self, source: bytes, name: bytes, n: int, headers: list, names: list) -> Any:
-        return self._new(Program(source.decode()))
-
-    def _nvrtcDestroyProgram(self, program: int) -> int:
-        return self._drop(program, Program)
-
-    def _nvrtcCompileProgram(self, handle: int, count: int, options: list[bytes]) -> int:
-        program = self._objects[handle]
-        assert count == len(options)
-        arch = re.search(r"--gpu-architecture=(sm|compute)_(\d+)$", options[0].decode() if options else "")
-        if arch is None or int(arch[2]) not in self.personality.archs:
-            program.log = b"no architecture that is known\0"
-            return 5
-        kernels = {name: _parameters(text) for name, text in _KERNEL.findall(program.source)}
-        if not kernels or program.source.count("{") != program.source.count("}"):
-            program.log = b'lp_edge.cu(1): error: expected a "}"\n\0'
-            return 6
-        number = len(self._images) + 1
-        self._images[number] = kernels
-        program.kind = "CUBIN" if arch[1] == "sm" else "PTX"
-        program.image = f"FAKE {program.kind} {arch[2]} {number}".encode() + b"\0"
-        return 0
-
-    def _nvrtcGetProgramLogSize(self, program: int) -> Any:
-        return 0, len(self._objects[program].log)
-
-    def _nvrtcGetProgramLog(self, program: int, text: bytearray) -> int:
-        text[:] = self._objects[program].log
-        return 0
-
-    def _image_size(self, program: int, kind: str) -> Any:
-        mine = self._objects[program]
-        return (0, len(mine.image)) if mine.kind == kind else (4,)
-
-    def _nvrtcGetCUBINSize(self, program: int) -> Any:
-        return self._image_size(program, "CUBIN")
-
-    def _nvrtcGetPTXSize(self, program: int) -> Any:
-        return self._image_size(program, "PTX")
-
-    def _nvrtcGetCUBIN(self, program: int, image: bytearray) -> int:
-        assert len(image) == len(self._objects[program].image)
-        image[:] = self._objects[program].image
-        return 0
-
-    _nvrtcGetPTX = _nvrtcGetCUBIN
-
-    def _cuModuleLoadData(self, address: int) -> Any:
-        mark, kind, arch, number = ctypes.string_at(address).decode().split()
-        mine = self.personality.compute_capability
-        if mark != "FAKE" or (kind == "CUBIN" and int(arch) != 10 * mine[0] + mine[1]):
-            return (209,)
-        return self._new(self._images[int(number)])
-
-    def _cuModuleUnload(self, handle: int) -> int:
-        return self._drop(handle, dict)
-
-    def _cuModuleGetFunction(self, module: int, name: bytes) -> Any:
-        kernels = self._objects[module]
-        if name.decode() not in kernels:
-            return (NOT_FOUND,)
-        self._handle += 16
-        self._functions[self._handle] = (module, name.decode(), kernels[name.decode()])
-        return 0, self._handle
-
-    def _cuLaunchKernel(self, function: int, *rest: int) -> int:
-        *sizes, shared_bytes, stream_handle, table, extra = rest
-        module, name, parameters = self._functions[function]
-        stream = self._objects.get(stream_handle)
-        if module not in self._objects or not isinstance(stream, Stream) or extra:
-            return INVALID_HANDLE
-        if sizes[3] * sizes[4] * sizes[5] > 1024 or not all(sizes):
-            return INVALID_VALUE
-        addresses = (ctypes.c_void_p * (len(parameters) + 1)).from_address(table)
-        given = [address for address in addresses if address]
-        if len(given) != len(parameters):
-            self.violations.append(
-                f"kernel {name} takes {len(parameters)} arguments, got {len(given)} or more"
-            )
-            return INVALID_VALUE
-        reads: list[tuple[Memory, int, int]] = []
-        writes: list[tuple[Memory, int, int]] = []
-        values: list[Any] = []
-        for address, (is_pointer, is_const, kind) in zip(given, parameters, strict=True):
-            value = (ctypes.c_uint64 if is_pointer else kind).from_address(address).value
-            if is_pointer:
-                memory, start = self._find(value, host=False)
-                part = self._range(value, memory.size - start, False, f"kernel {name}")
-                (reads if is_const else writes).append(part)
-                item = np.dtype(np.float16 if kind is _C_TYPES["__half"] else kind)
-                value = memory.data[
-                    start : start + (memory.size - start) // item.itemsize * item.itemsize
-                ].view(item)
-            values.append(value)
-        launch = Launch(tuple(sizes[:3]), tuple(sizes[3:]), shared_bytes)
-
-        def run() -> None:
-            self.kernels[name](launch, *values)
-
-        self._queue(stream, Work(f"kernel {name}", run, reads, writes))
-        return 0
-
-
-def _parameters(text: str) -> tuple[tuple[bool, bool, Any], ...]:
-    """(is a pointer, to constants, C type) of each parameter of a kernel."""
-    result = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        words = re.sub(r"\b(const|__restrict__)\b|\*", " ", part).split()
-        kind = " ".join(words[:-1])
-        if kind.endswith("int") and kind not in _C_TYPES:
-            kind = kind[:-3].strip()
-        result.append(("*" in part, "const" in part, _C_TYPES[kind]))
-    return tuple(result)
 
 
 def _merge(into: dict[int, int], other: dict[int, int]) -> None:

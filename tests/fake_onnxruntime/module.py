@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -77,6 +77,7 @@ class Machine:
         opened: providers with their options of all sessions, of those that failed as well.
         session_options: of all sessions.
         runs: configuration entries of all calls.
+        during_record: called while a launch is recorded, for which CUDA is in its global mode.
         recorded, replayed: calls that did.
         problems: what was done wrong so far.
     """
@@ -97,6 +98,7 @@ class Machine:
     opened: list[list[tuple[str, dict[str, str]]]] = field(default_factory=list)
     session_options: list[Any] = field(default_factory=list)
     runs: list[dict[str, str]] = field(default_factory=list)
+    during_record: Callable[[], None] | None = None
     recorded: int = 0
     replayed: int = 0
     registered: bool = False
@@ -386,6 +388,9 @@ class InferenceSession:
             else:
                 self._records[number] = work
                 machine.recorded += 1
+                with machine.cuda.recording(stream):
+                    if machine.during_record is not None:
+                        machine.during_record()
 
         compute, made = self._real, binding.made  # queued work keeps no session
 
