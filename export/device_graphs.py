@@ -408,7 +408,6 @@ def rect_paste_graph(*, flavor: Flavor = "main") -> onnx.ModelProto:
 # -- the graphs of the package --------------------------------------------------------------------------
 
 _SHIPPED: Final[Mapping[str, Callable[..., onnx.ModelProto]]] = {
-    names.CROP_512: functools.partial(crop_graph, CROP_SIZE),
     names.CROP_512_HALVED: functools.partial(crop_graph, CROP_SIZE, reduce=2),
     names.CUT_REGION: cut_graph,
     names.PASTE_MOVING: functools.partial(paste_graph, warp_mask=True),

@@ -25,7 +25,6 @@ from lp_edge.runtime import topology
 
 __all__ = [
     "CROP_FACTOR",
-    "HALVE_FROM",
     "CropTransform",
     "DetectorConfig",
     "Face",
@@ -180,7 +179,7 @@ def non_maximum_suppression(
 # --- crops -----------------------------------------------------------------------------------------------------------
 
 
-HALVE_FROM = 1.875
+_HALVE_FROM = 1.875
 """Reduction from which a crop is halved before the bilinear sampling, which reads only 2 x 2 pixels."""
 
 
@@ -253,7 +252,7 @@ class CropTransform:
             that part is halved by averaging first, until less than a factor of 1.9 remains, so that fine structure
             does not alias.
         """
-        matrix, halvings = self.matrix, math.floor(math.log2(max(1.0, 2 / HALVE_FROM / self.scale)))
+        matrix, halvings = self.matrix, math.floor(math.log2(max(1.0, 2 / _HALVE_FROM / self.scale)))
         if halvings:
             rgb, matrix = self._reduced(rgb, matrix, halvings)
         crop = cv2.warpAffine(rgb, matrix, (self.size, self.size), flags=cv2.INTER_LINEAR)
@@ -617,7 +616,8 @@ class FaceMeshNet:
                 "use the network of an lp-edge bundle",
             )
         self.runner, self.size = runner, shape[1]
-        self._batch = shape[0] if isinstance(shape[0], int) else max(1, max_batch)
+        most = min(max_batch, runner.max_batch or max_batch)
+        self._batch = shape[0] if isinstance(shape[0], int) else max(1, most)
 
     def run(self, rgb: U8, transforms: Sequence[CropTransform]) -> tuple[F32, F32]:
         """Mesh points of several crops of one frame.

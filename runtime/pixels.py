@@ -336,7 +336,7 @@ def _paste_ranges(batch: int, region: int, crop: int) -> Mapping[str, _Range]:
 
 
 _RANGES: Final[Mapping[str, Mapping[str, _Range]]] = {
-    **dict.fromkeys((names.CROP_512, names.CROP_512_HALVED, names.CUT_REGION), _FRAME_RANGES),
+    **dict.fromkeys((names.CROP_512_HALVED, names.CUT_REGION), _FRAME_RANGES),
     names.RESIZE_CROPS: _RESIZE_RANGES,
     **{
         name + suffix: ranges
@@ -550,9 +550,8 @@ class DevicePixels(Pixels):
         return array
 
     def crop(self, frame: Array, to_crop: F64, *, size: int = CROP_SIZE, reduce: int = 1) -> Array:
-        """See :meth:`Pixels.crop`; there are graphs for 512 px, whole and halved, other sizes are cut on the host."""
-        name = {(CROP_SIZE, 1): names.CROP_512, (CROP_SIZE, 2): names.CROP_512_HALVED}.get((size, reduce))
-        if name is None or len(frame.shape) == 3:
+        """See :meth:`Pixels.crop`; the graph is that of what LivePortrait's networks see, other sizes are cut on the host."""
+        if len(frame.shape) == 3 or (size, reduce) != (CROP_SIZE, 2):
             return self._host.crop(self._on_host(frame), to_crop, size=size, reduce=reduce)
         # Lines that the crop does not read would be cast to float32 in vain.
         corners = np.array([(x, y, 1.0) for x in (-1, size) for y in (-1, size)])
@@ -563,7 +562,7 @@ class DevicePixels(Pixels):
             return self._host.crop(self._on_host(frame), to_crop, size=size, reduce=reduce)
         moved = to_crop @ np.array([[1.0, 0.0, 0.0], [0.0, 1.0, top], [0.0, 0.0, 1.0]])
         feeds = {names.FRAME: _lines(frame, top, bottom), names.MATRIX: sampling_matrix(moved)}
-        return self._infer(name, feeds)
+        return self._infer(names.CROP_512_HALVED, feeds)
 
     def place(self, frame: Array, to_frame: F64, crop_size: int) -> Place:
         """See :meth:`Pixels.place`."""

@@ -127,7 +127,7 @@ def test_the_wheel_holds_all_data(wheel: list[str]) -> None:
     assert {name for name in wheel if is_data(name)} == wanted
     for name in (
         *("engines/data/mesh/manifest.json", "runtime/data/demo.jpg", "runtime/data/NOTICE.md"),
-        "runtime/device_graphs/crop_512.onnx",
+        "runtime/device_graphs/crop_512_halved.onnx",
     ):
         assert f"lp_edge/{name}" in wheel
 

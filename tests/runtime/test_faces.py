@@ -298,6 +298,16 @@ def test_mesh_points_come_back_in_frame_pixels() -> None:
     assert net.runner.calls == 2 and net.runner.crops == 3  # type: ignore[attr-defined]
 
 
+def test_no_more_crops_are_given_at_once_than_an_engine_was_built_for() -> None:
+    class Engine(ToyMesh):
+        max_batch = 2
+
+    faces = [posed(150 + 130 * i, 200, 100) for i in range(3)]
+    net = FaceMeshNet(Engine())
+    net.run(picture(640, 480, *faces), [crop_from_points(f, net.size) for f in faces])
+    assert [shape[0] for shape in net.runner.shapes] == [2, 1]  # type: ignore[attr-defined]
+
+
 def test_networks_with_a_fixed_batch_are_filled_up() -> None:
     face = posed(150, 150, 120)
     net = FaceMeshNet(ToyMesh(batch=2))
