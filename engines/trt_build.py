@@ -737,9 +737,11 @@ def _settings(
     if config.hardware_compatibility:
         settings.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     # Several contexts share the one profile: always so from 10, not to be had on 8.5 (the runner then keeps one context).
-    sharing = getattr(trt.PreviewFeature, "PROFILE_SHARING_0806", None)
-    if sharing is not None and not settings.get_preview_feature(sharing):
-        settings.set_preview_feature(sharing, True)
+    # Kernels of cuBLAS and cuDNN, which only 8.x uses, are libraries more to install and load; 8.6 leaves them out by itself.
+    for name in ("PROFILE_SHARING_0806", "DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805"):
+        feature = getattr(trt.PreviewFeature, name, None)
+        if feature is not None and not settings.get_preview_feature(feature):
+            settings.set_preview_feature(feature, True)
     if profile:
         shapes = builder.create_optimization_profile()
         for name, (low, usual, high) in profile.items():

@@ -303,6 +303,8 @@ def test_settings_reach_the_builder(version: str) -> None:
     (record,) = world.builds
     assert record.settings["WORKSPACE"] == 123 << 20
     assert record.settings.get("builder_optimization_level") == (None if old else 5)
+    external = record.settings.get("DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805", False)
+    assert external is version.startswith("8."), "cuBLAS and cuDNN need not be there"
     level = record.settings.get("hardware_compatibility_level")
     assert level is None if old else level.name == "AMPERE_PLUS"
     trt, graph = make_tensorrt(version, world), read_graph(half_model())

@@ -55,7 +55,7 @@ class Build:
         profile: input -> (smallest, usual, largest).
         timed: kernels that were measured, being in no timing cache.
         loose: floating-point layers whose precision was left to TensorRT while half precision was allowed.
-        settings: properties of the builder configuration that were set, and the pools' limits.
+        settings: properties of the builder configuration that were set, the pools' limits, and preview features.
         layers: name -> (precision, types of its outputs) of all layers that were given one.
     """
 
@@ -608,7 +608,7 @@ class _Builder:
                 dict(profile),
                 len(kernels - cached),
                 _loose(network, config),
-                {**config._values, **config._pools},
+                {**config._values, **config._pools, **config._preview},
                 {
                     layer.name: (layer._compute, tuple(kind for _, kind in sorted(layer._kinds.items())))
                     for layer in network._layers
