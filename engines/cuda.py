@@ -459,8 +459,7 @@ _TRANSFERS: Final = 4  # streams for copies: what waits in one holds up the othe
 _THREAD_LOCAL: Final = 1  # cudaStreamCaptureModeThreadLocal: other threads are not held up by a capture
 
 # cudaDeviceAttr
-_SM_COUNT, _INTEGRATED, _MAJOR, _MINOR = 16, 18, 75, 76
-_CLOCK_KHZ, _MEMORY_KHZ, _BUS_BITS, _L2_BYTES = 13, 36, 37, 38
+_INTEGRATED, _MAJOR, _MINOR = 18, 75, 76
 
 
 class Cuda(_Closing):
@@ -470,10 +469,8 @@ class Cuda(_Closing):
         device: its index.
         name: as the driver calls it, e.g. ``Orin``.
         compute_capability: (major, minor).
-        sm_count: multiprocessors.
         total_memory: bytes; on integrated devices shared with the host.
         integrated: whether host and device share their memory (Jetson).
-        clock_hz, memory_clock_hz, memory_bus_bits, l2_bytes: peak figures by the driver; 0 = it does not tell.
         driver_version, runtime_version: (major, minor) of the CUDA that the driver supports and that is used.
         runtime: what makes the foreign calls.
     """
@@ -510,12 +507,7 @@ class Cuda(_Closing):
         self.runtime_version: Final = self._version("cudaRuntimeGetVersion")
         self.name: Final = self._get("cuDeviceGetName", 256, device).decode(errors="replace")
         self.compute_capability: Final = (self._attribute(_MAJOR), self._attribute(_MINOR))
-        self.sm_count: Final = self._attribute(_SM_COUNT)
         self.integrated: Final = bool(self._attribute(_INTEGRATED))
-        self.clock_hz: Final = self._attribute(_CLOCK_KHZ, optional=True) * 1000
-        self.memory_clock_hz: Final = self._attribute(_MEMORY_KHZ, optional=True) * 1000
-        self.memory_bus_bits: Final = self._attribute(_BUS_BITS, optional=True)
-        self.l2_bytes: Final = self._attribute(_L2_BYTES, optional=True)
         self.total_memory: Final = self.memory()[1]
         flags = _PORTABLE | (_MAPPED if self.integrated else 0)
         self._device = _Pool(
@@ -836,11 +828,8 @@ class Cuda(_Closing):
         version = self._get(name)
         return version // 1000, version % 1000 // 10
 
-    def _attribute(self, number: int, *, optional: bool = False) -> int:
-        if not optional:
-            return int(self._get("cudaDeviceGetAttribute", number, self.device))
-        status, *values = self._make("cudaDeviceGetAttribute", number, self.device)
-        return int(values[0]) if not status else 0
+    def _attribute(self, number: int) -> int:
+        return int(self._get("cudaDeviceGetAttribute", number, self.device))
 
     # -- what is held ---------------------------------------------------------------------------
 

@@ -71,7 +71,6 @@ CUDA: Final = "CUDAExecutionProvider"
 TENSORRT: Final = "TensorrtExecutionProvider"
 TENSORRT_RTX: Final = "NvTensorRTRTXExecutionProvider"
 
-_CPU: Final = "CPUExecutionProvider"
 _FATAL: Final = 4  # log severity
 _ALIGNMENT: Final = 256  # of ONNX Runtime's own device memory, for which its kernels were written
 _GRAPHS: Final = 8  # sets of shapes that are recorded; further ones run without a record

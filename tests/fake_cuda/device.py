@@ -47,18 +47,16 @@ class Personality:
 
     name: str
     compute_capability: tuple[int, int]
-    sm_count: int
     memory: int
     integrated: bool = False
     driver: int = 12040
     runtime: int = 12040
     devices: int = 1
-    tells_clocks: bool = True
     statuses: tuple[tuple[str, int], ...] = ()  # calls that always fail
 
 
-H200 = Personality("NVIDIA H200", (9, 0), 132, 150_754_820_096)
-ORIN = Personality("Orin", (8, 7), 16, 65_890_271_232, True, 11040, 11040, tells_clocks=False)
+H200 = Personality("NVIDIA H200", (9, 0), 150_754_820_096)
+ORIN = Personality("Orin", (8, 7), 65_890_271_232, True, 11040, 11040)
 SMALL = replace(H200, name="Small", memory=1 << 20)
 NO_DEVICE = replace(H200, statuses=(("cudaGetDeviceCount", 100),))
 OLD_DRIVER = replace(H200, driver=11040, statuses=(("cudaGetDeviceCount", 35),))
@@ -374,10 +372,8 @@ class FakeCuda:
 
     def _cudaDeviceGetAttribute(self, attribute: int, device: int) -> Any:
         mine = self.personality
-        known = {16: mine.sm_count, 18: int(mine.integrated), 75: mine.compute_capability[0]}
+        known = {18: int(mine.integrated), 75: mine.compute_capability[0]}
         known[76] = mine.compute_capability[1]
-        if mine.tells_clocks:
-            known |= {13: 1_980_000, 36: 3_201_000, 37: 6144, 38: 62_914_560}
         return (0, known[attribute]) if attribute in known else (INVALID_VALUE,)
 
     def _cudaMemGetInfo(self) -> Any:
