@@ -104,7 +104,7 @@ def test_no_device(personality: Personality, words: str):
 
 @pytest.mark.parametrize(("count", "words"), [(1, "expected one from 0 to 0"), (0, "expected an NVIDIA GPU")])
 def test_a_device_that_is_not_there(count: int, words: str):
-    personality = Personality("two", (8, 0), 1, 1 << 20, devices=count)
+    personality = Personality("two", (8, 0), 1 << 20, devices=count)
     with FakeCuda(personality) as fake, pytest.raises(BackendUnavailable, match=f"device 1; {words}"):
         open_cuda(1, runtime=fake)
 
