@@ -297,7 +297,7 @@ def _engines(
     cuda = None if resident is None else resident.cuda
     key = EngineKey(
         onnx_sha256=digest_of(model),
-        tensorrt=f"{_library_version(provider)} in ONNX Runtime {ort.__version__}",
+        tensorrt=f"{_library_version(ort, provider)} in ONNX Runtime {ort.__version__}",
         gpu="" if cuda is None else cuda.name,
         compute_capability="" if cuda is None else ".".join(map(str, cuda.compute_capability)),
         precision=graph.precision,
@@ -327,15 +327,17 @@ def _cache_options(provider: str, place: Path) -> dict[str, str]:
     }
 
 
-def _library_version(provider: str) -> str:
-    """Version of the TensorRT that a provider loads, or ""."""
+def _library_version(ort: Any, provider: str) -> str:
+    """Version of the TensorRT that a provider loads; its name alone where that cannot be found out."""
     if provider == TENSORRT_RTX:
         with contextlib.suppress(Exception):
             return f"TensorRT-RTX plugin {importlib.import_module(_RTX_PACKAGE).__version__}"
         return "TensorRT-RTX"
-    for library in ("libnvinfer.so.11", "libnvinfer.so.10", "libnvinfer.so.8"):
-        with contextlib.suppress(OSError, AttributeError):
-            return f"TensorRT {ctypes.CDLL(library).getInferLibVersion()}"
+    # The one that the provider's library names: another that is installed must not be loaded beside it.
+    library = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_tensorrt.so"
+    with contextlib.suppress(OSError, AttributeError):
+        if named := re.search(rb"libnvinfer\.so\.\d+", library.read_bytes()):
+            return f"TensorRT {ctypes.CDLL(named.group().decode()).getInferLibVersion()}"
     return "TensorRT"
 
 
@@ -828,16 +830,18 @@ class Resident:
 
     def close(self) -> None:
         """Wait for what runs, and free everything, the session before the stream on which it works."""
-        with self._lock:
-            failures = [self._attempt(self.compute.synchronize)]
-            self._session = None
-        if self._thread is not None:
-            self._thread.shutdown()
-        self._records.clear()
-        failures.append(self._attempt(self.compute.close))
-        if told := next(filter(None, failures), ""):
-            _LOG.warning("%s: closing: %s", self._name, told)
-        self._share.close()
+        try:
+            with self._lock:
+                failures = [self._attempt(self.compute.synchronize)]
+                self._session = None
+            if self._thread is not None:
+                self._thread.shutdown()
+            self._records.clear()
+            failures.append(self._attempt(self.compute.close))
+            if told := next(filter(None, failures), ""):
+                _LOG.warning("%s: closing: %s", self._name, told)
+        finally:
+            self._share.close()
 
     @staticmethod
     def _attempt(call: Callable[[], None]) -> str:

@@ -22,7 +22,7 @@ from lp_edge.runtime.provenance import provenance
 __all__ = ["Mode", "open_torch_side", "torch_side"]
 
 Mode = Literal["eager", "compile"]
-"""``eager``: operator by operator; ``compile``: ``torch.compile`` with its default settings."""
+"""``eager``: operator by operator; ``compile``: ``torch.compile`` with ``max-autotune``, as LivePortrait calls it."""
 
 _Network = Callable[..., Any]
 
@@ -112,7 +112,7 @@ def torch_side(
     def opener(name: str, batch: int) -> Iterator[Call]:
         forward = _forward(networks, name)
         if mode == "compile":
-            forward = torch.compile(forward)
+            forward = torch.compile(forward, mode="max-autotune")
         given = _inputs(name, batch, device)
 
         def call() -> None:
@@ -121,7 +121,12 @@ def torch_side(
             if kind == "cuda":
                 torch.cuda.synchronize(device)
 
-        yield call
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = True  # as LivePortrait sets it; the first calls are not counted
+        try:
+            yield call
+        finally:
+            torch.backends.cudnn.benchmark = before
 
     told = {"torch": torch.__version__, "device": _device_name(device), "mode": mode, "half": half}
     return Side(f"torch {mode}{' fp16' if half else ''}", tuple(_INPUTS), opener, {**(origin or {}), **told})

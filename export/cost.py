@@ -112,7 +112,7 @@ def cost(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]], *, folder:
         folder: where weights that are not in the graph lie.
 
     Raises:
-        ExportError: a size is missing or does not fit, or a size inside the graph depends on values.
+        ExportError: a size is missing or does not fit, a size inside the graph depends on values, or it has an Einsum.
 
     Example:
         >>> model = onnx.parser.parse_model('''
@@ -173,6 +173,12 @@ class _Counter:
             op = node.op_type
             if op == "Constant" or not node.output:
                 continue
+            if op == "Einsum":
+                raise ExportError(
+                    f"{node.name or node.output[0]} is an Einsum, whose products are not counted",
+                    "expected MatMul, Gemm and convolutions",
+                    "export the graph with MatMul",
+                )
             read, out = [origin.get(name, name) for name in node.input if name], node.output[0]
             if op in _FREE:
                 origin[out] = read[0]

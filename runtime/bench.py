@@ -57,6 +57,9 @@ class Observer:
     def begin(self) -> None:
         """From the next frame on frames are counted."""
 
+    def stop(self) -> None:
+        """The last frame that is counted was written: what still runs ahead of it is not."""
+
     def end(self, frames: int, seconds: float) -> None:
         """So many frames were counted, in so many seconds; the networks are still open."""
 
@@ -128,6 +131,7 @@ def bench_animation(
                     observer.begin()
                 if limit is not None and len(done) >= limit:
                     break
+            observer.stop()
             with watch("finish"):
                 writer.close()
         ended = time.perf_counter()

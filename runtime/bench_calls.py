@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import statistics
 import subprocess
@@ -209,18 +210,13 @@ class GpuSampler:
         """Forget what was sampled and sample from now on."""
         self.stop()
         self._rows = []
-        tool = shutil.which("nvidia-smi")
-        if tool is not None:
-            command = [
-                tool,
-                f"--id={self._device}",
-                f"--query-gpu={','.join(_GPU_FIELDS)}",
-                "--format=csv,noheader,nounits",
-                f"--loop-ms={self._every}",
-            ]
+        if command := _query(self._device, _GPU_FIELDS):
             try:
                 self._process = subprocess.Popen(
-                    command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+                    [*command, f"--loop-ms={self._every}"],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    text=True,
                 )
             except OSError:
                 return
@@ -262,12 +258,24 @@ class GpuSampler:
         return told
 
 
-def _gpu_now(device: int) -> dict[str, str] | None:
+def _query(device: int, fields: Sequence[str]) -> list[str]:
+    """The command that asks nvidia-smi about one GPU; empty where there is no such tool.
+
+    CUDA counts the GPUs that CUDA_VISIBLE_DEVICES shows, nvidia-smi all of them; it takes an index or a UUID.
+    """
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return None
+        return []
+    shown = [entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    which = shown[device] if shown[0] and device < len(shown) else device
+    return [tool, f"--id={which}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+
+
+def _gpu_now(device: int) -> dict[str, str] | None:
     fields = ("name", "driver_version", "pstate", "power.limit", *_GPU_FIELDS)
-    command = [tool, f"--id={device}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    command = _query(device, fields)
+    if not command:
+        return None
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
     except (OSError, subprocess.SubprocessError):

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from lp_edge.engines import names
 from lp_edge.engines.bundle import open_bundle
+from lp_edge.errors import ConfigError
 from lp_edge.runtime.bench_calls import shapes_of
 from lp_edge.runtime.bench_networks import Counter
 from lp_edge.runtime.bench_report import Table
@@ -58,28 +59,38 @@ def estimate_jetson(
 
     Args:
         counter: counts the work of a file.
-        bundle: the bundle; its precision counts as it is. The estimate for int8 exists where it has float16 products: all of
-            them in int8, and at the higher end half the bytes of the networks that have any.
+        bundle: the bundle; its precision counts as it is. Where it has float16 products, and none in int8, there is an
+            estimate for int8 too: all of them in int8, and at the higher end half the bytes of the networks that have any.
 
     Yields:
         Records ``jetson``: ``board``, ``precision``, ``networks`` (name → [ms at the highest, ms at the lowest peaks]),
         ``picture_fps`` and ``clip_fps`` [low, high]: frames a second at most with a template or a clip as driver.
         ``estimate`` is True in all of them.
+
+    Raises:
+        ConfigError: products of a type that the boards do not multiply (fp8).
     """
     opened = open_bundle(bundle)
     entries = opened.manifest.networks
     there = [name for name in (*_DRAW, *_READ) if name in entries]
     work = {name: counter(opened.path_of(name), shapes_of(entries[name].inputs, 1)) for name in there}
     origin = provenance(opened)
-    half = any("float16" in counted.products for counted in work.values())
-    kinds = ("fp16", "int8") if half else ("fp32",)
+    types = {kind for counted in work.values() for kind in counted.products}
+    if unknown := sorted(types - boards[0].peaks(0).flops.keys()):
+        raise ConfigError(
+            f"{opened.directory} has products of {', '.join(unknown)}",
+            f"expected {', '.join(boards[0].peaks(0).flops)}, which these boards multiply",
+            "give another bundle",
+        )
+    own = "int8" if "int8" in types else "fp16" if "float16" in types else "fp32"
+    kinds = tuple(dict.fromkeys((own, "int8") if "float16" in types else (own,)))
     for board in boards:
         for precision in kinds:
             spans = {}
             for name, counted in work.items():
                 ends = []
                 for end in (1, 0):
-                    done = _Quantised(counted, bool(end)) if precision == "int8" else counted
+                    done = counted if precision == own else _Quantised(counted, bool(end))
                     ends.append(round(1e3 * (board.peaks(end).seconds(done) or 0.0), 4))
                 spans[name] = ends
 

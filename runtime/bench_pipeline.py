@@ -115,11 +115,14 @@ class CallRecorder(Observer):
         with self._lock:
             self._counting, self._since = True, time.perf_counter()
 
-    def end(self, frames: int, seconds: float) -> None:
+    def stop(self) -> None:
         with self._lock:
-            self._counting = False
-            if self._active:
+            if self._counting and self._active:
                 self.busy_seconds += time.perf_counter() - self._since
+            self._counting = False
+
+    def end(self, frames: int, seconds: float) -> None:
+        self.stop()
         self.frames, self.seconds = frames, seconds
         for calls in self._calls.values():
             took = time_calls(calls.runner, calls.feeds, calls.outputs, seconds=self._alone).best_seconds
@@ -255,8 +258,11 @@ class _Stopping(Observer):
         self._gpu.restart()
         self._recorder.begin()
 
-    def end(self, frames: int, seconds: float) -> None:
+    def stop(self) -> None:
+        self._recorder.stop()
         self._gpu.stop()
+
+    def end(self, frames: int, seconds: float) -> None:
         self._recorder.end(frames, seconds)
 
 

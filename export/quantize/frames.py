@@ -72,7 +72,7 @@ def plan(inputs: Sequence[Path], calibration: int, held_out: int) -> tuple[Pair,
         calibration, held_out: how many frames, of all clips together.
 
     Raises:
-        ConfigError: no clip, or a number below 1.
+        ConfigError: no clip, a clip of one frame, or a number below 1.
         MediaError: a file cannot be read.
     """
     for name, number in (("calibration", calibration), ("held-out", held_out)):
@@ -88,15 +88,21 @@ def plan(inputs: Sequence[Path], calibration: int, held_out: int) -> tuple[Pair,
     sources = pictures or clips
     count = max(len(sources), len(clips))
     lengths = {clip: _length(clip) for clip in clips}
+    if short := [clip for clip in clips if lengths[clip] < 2]:
+        raise ConfigError(
+            f"{short[0]} has one frame",
+            "expected two or more: one for calibration, another one to judge it",
+            "give a longer clip",
+        )
     pairs = []
     for i in range(count):
         source, clip = sources[i % len(sources)], clips[i % len(clips)]
         length = lengths[clip]
+        cut = max(1, int(_SHARE * length))  # a whole frame, so that none belongs to both parts
         chosen = []
-        for low, high, number in ((0.0, _SHARE, calibration), (_SHARE, 1.0, held_out)):
+        for low, high, number in ((0, cut, calibration), (cut, length, held_out)):
             n = number // count + (i < number % count)
-            positions = (low + (high - low) * (k + 0.5) / n for k in range(n))
-            chosen.append(tuple(sorted({int(p * length) for p in positions})))
+            chosen.append(tuple(sorted({int(low + (high - low) * (2 * k + 1) / (2 * n)) for k in range(n)})))
         pairs.append(Pair(source, clip, chosen[0], chosen[1]))
     return tuple(pairs)
 

@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 
 import lp_edge
+from lp_edge.engines.backends import BackendConfig
 from lp_edge.runtime.image import write_image
 from lp_edge.runtime.media_write import open_writer
+from lp_edge.runtime.roofline import Peaks
 
 FOLDER = Path(lp_edge.__file__).resolve().parent / "benchmarks" / "gpu"
 
@@ -186,6 +188,102 @@ def test_differences_are_psnr_and_relative(run: ModuleType) -> None:
     assert psnr == pytest.approx(48.13, abs=0.01) and worst == pytest.approx(0.01)
     psnr, worst = run.difference(np.array([0.0, 2.0]), np.array([0.0, 1.0]))
     assert psnr == pytest.approx(10 * np.log10(4 / 0.5), abs=0.01) and worst == 0.5
+
+
+def judged(run: ModuleType, step: str, **settings: Any) -> list[tuple[str, bool | None]]:
+    """What the checks of a step got on a pretended GPU, and whether that is enough."""
+    made = run.Step(run.Settings("tensorrt", **settings), lambda record: None)
+    run.STEPS[step].body(made)
+    return [(check["got"], check["passed"]) for check in made.result.checks]
+
+
+def test_parity_is_judged_against_fp32_alone(
+    run: ModuleType, liveportrait_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run.Settings, "config", BackendConfig("cpu", threads=1))
+    assert judged(run, "parity", bundle=str(liveportrait_bundle)) == [("equal", True)]
+    manifest = liveportrait_bundle / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"fp32"', '"fp16"'))
+    ((got, passed),) = judged(run, "parity", bundle=str(liveportrait_bundle))
+    assert "a reference in fp16" in got and passed is None
+
+
+def test_results_that_are_no_numbers_fail(run: ModuleType) -> None:
+    assert list(run.finite("net", {"y": np.ones(2, np.float16)})) == ["y"]
+    with pytest.raises(run.EngineError, match="net: y has values that are not finite"):
+        run.finite("net", {"y": np.array([1.0, np.nan])})
+
+
+def test_the_share_of_the_peak_needs_neither_batch_1_nor_onnx(
+    run: ModuleType, liveportrait_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = {"bench": "networks", "network": "warp_decode", "row_ms": 2.0, "batch": 4, "provenance": {}}
+    table = run.Table("Networks", [])
+    monkeypatch.setattr(run, "bench_networks", lambda *_, **__: iter([record]))
+    monkeypatch.setattr(run, "networks_table", lambda records: table)
+    monkeypatch.setattr(run, "counter", lambda: None)
+    monkeypatch.setattr(run, "measure_peaks", lambda *_, **__: Peaks({"float16": 1e15}, None))
+    # 1234 GFLOP in 2 ms are 617 TFLOP/s of 1000.
+    assert judged(run, "roofline", bundle=str(liveportrait_bundle)) == [("61.7% at batch 4", True)]
+
+
+def test_the_pipeline_is_judged_at_the_batch_that_it_found(
+    run: ModuleType, liveportrait_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    shares = {None: 0.5, 1: 0.4, 4: 0.1}  # a run that tunes draws most frames in other sizes
+
+    def bench(**given: Any) -> Any:
+        for place in given["pixels"]:
+            for batch in given["batch_sizes"]:
+                asked.append((place, batch))
+                outside = shares[batch]
+                yield {
+                    "bench": "pipeline", "pixels": place, "batch": batch or "auto", "batch_size": batch or found,
+                    "outside": outside, "device_busy": 1 - outside, "gpu": None,
+                }  # fmt: skip
+
+    monkeypatch.setattr(run, "bench_pipeline", bench)
+    monkeypatch.setattr(run, "pipeline_table", lambda records: [])
+    found: int | None = 4
+    assert judged(run, "pipeline") == [("10.0%", True), ("90.0%", True)]
+    assert asked[-1] == ("auto", 4) and len(asked) == 5
+    found = 1
+    assert [passed for _, passed in judged(run, "pipeline")] == [False, False]
+    assert len(asked) == 9
+    found = None
+    assert [passed for _, passed in judged(run, "pipeline")] == [None, None]
+
+
+def test_memory_that_was_not_seen_is_not_level(run: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    level = {"host_mib": True, "device_mib": None}
+    last = {"frames": 100, "growth": {"device_mib": None}, "level": level, "passed": True}
+    monkeypatch.setattr(run, "bench_soak", lambda **_: iter([last]))
+    monkeypatch.setattr(run, "soak_table", lambda records: run.Table("Soak", []))
+    assert [passed for _, passed in judged(run, "soak")] == [None]
+    last["passed"] = False
+    assert [passed for _, passed in judged(run, "soak")] == [False]
+    last["passed"] = level["device_mib"] = True
+    assert [passed for _, passed in judged(run, "soak")] == [True]
+
+
+def test_a_bundle_that_changed_is_measured_again(
+    run: ModuleType, liveportrait_bundle: Path, tmp_path: Path
+) -> None:
+    settings = run.Settings("cpu", bundle=str(liveportrait_bundle))
+    before = run.plain(settings)
+    assert run.plain(settings) == before
+    run.save(tmp_path, {"step": "soak", "done": True, "failed": "", "settings": before, "seconds": 1})
+    manifest = json.loads((liveportrait_bundle / "manifest.json").read_text())
+    manifest["networks"]["warp_decode"]["sha256"] = "0" * 64
+    (liveportrait_bundle / "manifest.json").write_text(json.dumps(manifest))
+    after = run.plain(settings)
+    assert after != before
+    run.summary(tmp_path)
+    assert "same settings" not in (tmp_path / "summary.md").read_text()
+    run.save(tmp_path, {"step": "engines", "done": True, "failed": "", "settings": after, "seconds": 1})
+    run.summary(tmp_path)
+    assert "not all run with the same settings or bundles" in (tmp_path / "summary.md").read_text()
 
 
 def test_another_interpreter_is_a_side(

@@ -75,20 +75,23 @@ def test_the_picture_leaves_as_bytes_like_the_graph_s(networks: Any) -> None:
 
 def test_half_is_autocast(networks: Any) -> None:
     side = torch_side(networks, half=True)
+    before = torch.backends.cudnn.benchmark
     with side.open(names.STITCHING, 1) as call:
         call()
+        assert torch.backends.cudnn.benchmark is True  # as LivePortrait measures itself
+    assert torch.backends.cudnn.benchmark is before
     assert side.label == "torch eager fp16"
     assert networks.stitching.seen[0][0][2] is True
 
 
 def test_compiled_networks_are_compiled_once(networks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda forward: compiled.append(forward) or forward)
+    monkeypatch.setattr(torch, "compile", lambda forward, mode: compiled.append((mode, forward)) or forward)
     side = torch_side(networks, mode="compile")
     with side.open(names.STITCHING, 1) as call:
         call()
         call()
-    assert compiled == [networks.stitching] and len(networks.stitching.seen) == 2
+    assert compiled == [("max-autotune", networks.stitching)] and len(networks.stitching.seen) == 2
 
 
 def test_it_is_a_side_of_a_comparison(networks: Any) -> None:

@@ -179,3 +179,11 @@ def test_the_built_in_networks_can_be_counted() -> None:
         assert 3.9 < four.flops / one.flops < 4.1
         assert one.weight_bytes <= 1.05 * entry.total_size + 2**20
         assert one.boundary_bytes <= one.fused_bytes <= one.node_bytes
+
+
+def test_an_einsum_is_not_passed_over() -> None:
+    with pytest.raises(ExportError, match="Einsum"):
+        count(
+            'g (float[2, 3] x, float[3, 4] z) => (float[2, 4] y) { y = Einsum <equation = "ij,jk->ik"> (x, z) }',
+            {"x": (2, 3), "z": (3, 4)},
+        )

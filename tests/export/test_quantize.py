@@ -30,7 +30,7 @@ from lp_edge.export.inventory import UNVERIFIED
 from lp_edge.export.liveportrait import parity
 from lp_edge.export.onnx_export import export_onnx, serialise
 from lp_edge.export.quantize import build as quantize
-from lp_edge.export.quantize import frames, quality
+from lp_edge.export.quantize import calibrate, frames, quality
 from lp_edge.export.quantize.build import QuantizeConfig, export_quantised, quantise
 from lp_edge.export.quantize.calibrate import Laboratory, by_cost, least_float, no_tick
 from lp_edge.export.quantize.graph import convolutions, inputs_of
@@ -476,6 +476,22 @@ def test_the_plan_parts_clips_and_pairs_every_source(faces: Path) -> None:
     assert [(p.source.name, p.calibration, p.held_out) for p in alone] == [("c.mp4", (9,), (21,))]
 
 
+@pytest.mark.parametrize("length", [2, 3, 5, 7, 24, 198])
+def test_no_frame_is_judged_that_was_calibrated_on(
+    length: int, faces: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frames, "_length", lambda clip: length)
+    for calibration, held_out in ((1, 1), (16, 8), (1000, 1000)):
+        for pair in frames.plan([faces / "c.mp4"], calibration, held_out):
+            assert pair.calibration and pair.held_out
+            assert max(pair.calibration) < min(pair.held_out) and max(pair.held_out) < length
+
+
+def test_a_clip_of_one_frame_cannot_be_both(faces: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="one frame"):
+        frames.plan([faces / "a.png", clip(tmp_path / "one.mp4", [None])], 1, 1)
+
+
 def test_files_that_cannot_calibrate(faces: Path, tmp_path: Path, bundles: dict[str, Path]) -> None:
     with pytest.raises(ConfigError, match="no driving clip"):
         frames.plan([faces / "a.png"], 1, 1)
@@ -518,6 +534,23 @@ def test_activations_are_the_largest_over_all_frames(faces: Path, bundles: dict[
         assert np.array_equal(both.samples[name], np.concatenate([a.samples[name] for a in each]))
         assert both.samples[name].max() <= both.peaks[name]
     assert both.thresholds("max", INT8) == dict(both.peaks)
+
+
+def test_many_frames_give_fewer_samples_each(
+    faces: Path, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate, "_WHOLE_FRAMES", 1)
+    bundle = open_bundle(bundles["fp32"])
+    feeds = [s.feeds for s in frames.shots(bundle, frames.plan([faces], 4, 1), "calibration", draw=False)]
+    with Laboratory(bundle.path_of(names.WARP_DECODE)) as laboratory:
+        tensors = inputs_of(laboratory.model, convolutions(laboratory.model))
+        few = laboratory.activations(tensors, feeds, no_tick)
+        each = [laboratory.activations(tensors, [feed], no_tick) for feed in feeds]
+    assert len(feeds) > 1
+    step = len(feeds) | 1
+    for name in tensors:
+        assert few.peaks[name] == max(a.peaks[name] for a in each)
+        assert np.array_equal(few.samples[name], np.concatenate([a.samples[name][::step] for a in each]))
 
 
 # -- choosing -------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lp_edge.engines.cuda import Cuda, open_cuda
 from lp_edge.engines.device import DeviceArray, to_device, upload
 from lp_edge.engines.runner import Array, Runner, TensorSpec, to_host
 from lp_edge.errors import ConfigError, OutputError
+from lp_edge.runtime import bench as bench_module
 from lp_edge.runtime import bench_networks as networks_module
 from lp_edge.runtime import bench_soak as soak_module
 from lp_edge.runtime.bench_calls import GpuSampler, feeds_of, origin_of, shapes_of, time_calls, time_record
@@ -172,6 +174,21 @@ def test_a_gpu_is_sampled_while_a_block_runs(tmp_path: Path, monkeypatch: pytest
     assert told["power.draw"] == 300.5
 
 
+@pytest.mark.parametrize(
+    ("visible", "device", "asked"),
+    [("", 1, "1"), ("3,GPU-5f", 0, "3"), ("3, GPU-5f", 1, "GPU-5f"), ("3", 1, "1")],
+)
+def test_the_gpu_that_cuda_means_is_asked(
+    visible: str, device: int, asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\necho "$1, 580.1, P0, 700, 80, 1980, 2619, 1980, 300, 40"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert origin_of(None, None, BackendConfig("cpu", device))["gpu"]["name"] == f"--id={asked}"
+
+
 def test_without_the_tool_nothing_is_sampled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with GpuSampler() as gpu:
@@ -317,6 +334,43 @@ def test_a_pipeline_tells_stages_networks_and_the_rest(
     assert max(r["rows"] for r in drawn) == 2
     tables = pipeline_table(records)
     assert [len(t.rows) > 0 for t in tables] == [True] * 3 and "engine busy" in tables[2].notes[0]
+
+
+def test_nothing_is_counted_after_the_last_frame(
+    liveportrait_bundle: Path, source: Path, driving: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    class Order(bench_module.Observer):
+        def begin(self) -> None:
+            told.append("begin")
+
+        def stop(self) -> None:
+            told.append("stop")
+
+        def end(self, frames: int, seconds: float) -> None:
+            told.append(f"end {frames}")
+
+    def opened(*given: Any) -> Any:
+        writer = open_writer(*given)
+        close = writer.close
+        monkeypatch.setattr(writer, "close", lambda: (told.append("finish"), close()))
+        return writer
+
+    monkeypatch.setattr(bench_module, "open_writer", opened)
+    given = {"bundle": liveportrait_bundle, "backend": CPU, "warmup": 0, "limit": 4, "observer": Order()}
+    list(bench_module.bench_animation(source, driving, **given))
+    assert told[:3] == ["begin", "stop", "finish"] and told[-1] == "end 4"
+
+    recorder = CallRecorder(seconds=0.01)
+    with recorder.wrap(Resident(None)) as runner:
+        recorder.begin()
+        runner.infer({"x": np.ones((2, 3), np.float32)})
+        recorder.stop()
+        busy = recorder.busy_seconds
+        runner.infer({"x": np.ones((2, 3), np.float32)})
+        recorder.end(1, 1.0)
+    assert [r["calls"] for r in recorder.networks] == [1.0] and recorder.busy_seconds == busy
 
 
 def test_a_recorder_counts_only_what_is_counted_and_times_it_alone() -> None:
@@ -477,6 +531,27 @@ def test_the_estimate_is_the_roofline_of_the_board(liveportrait_bundle: Path) ->
     table = jetson_table(records)
     assert "ESTIMATE" in table.title and all("estimate" in c for c in table.columns[2:])
     assert "nothing here was measured" in table.notes[0]
+
+
+@dataclass(frozen=True)
+class Products:
+    """Work with these products."""
+
+    products: Mapping[str, int]
+    flops: int = 10**12
+    fused_bytes: int = 10**6
+
+
+def test_a_bundle_in_8_bits_is_called_what_it_is(liveportrait_bundle: Path) -> None:
+    work = Products({"int8": 10**12, "float16": 10**10})
+    records = list(estimate_jetson(lambda path, shapes: work, liveportrait_bundle))
+    assert [r["precision"] for r in records] == ["int8"] * 3
+
+
+def test_products_that_no_board_has_are_refused(liveportrait_bundle: Path) -> None:
+    work = Products({"float8e4m3fn": 10**12, "float16": 10**10})
+    with pytest.raises(ConfigError, match="float8e4m3fn"):
+        list(estimate_jetson(lambda path, shapes: work, liveportrait_bundle))
 
 
 def test_a_bundle_without_half_precision_has_one_row_a_board(toy_bundle: Path) -> None:
