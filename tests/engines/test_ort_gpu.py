@@ -829,3 +829,23 @@ def test_shapes_of_the_shipped_networks_follow_from_their_inputs() -> None:
     for name, entry in bundle.manifest.networks.items():
         axes = {a: 64 for spec in entry.inputs for a in spec.shape if isinstance(a, str)}
         assert all(result_shape(spec.shape, axes) is not None for spec in entry.outputs), name
+
+
+def test_engines_are_known_by_the_tensorrt_that_the_provider_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another version that is installed must be neither taken for it nor loaded beside it."""
+    loaded = []
+
+    def load(name: str) -> SimpleNamespace:
+        loaded.append(name)
+        return SimpleNamespace(getInferLibVersion=lambda: 100300)
+
+    (tmp_path / "capi").mkdir()
+    ort = SimpleNamespace(__file__=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(ort_gpu.ctypes, "CDLL", load)
+    assert ort_gpu._library_version(ort, ort_gpu.TENSORRT) == "TensorRT"
+    library = tmp_path / "capi" / "libonnxruntime_providers_tensorrt.so"
+    library.write_bytes(b"\x7fELF\0libcudart.so.12\0libnvinfer.so.10\0libnvonnxparser.so.10\0")
+    assert ort_gpu._library_version(ort, ort_gpu.TENSORRT) == "TensorRT 100300"
+    assert loaded == ["libnvinfer.so.10"]
