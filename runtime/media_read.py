@@ -526,6 +526,9 @@ def repacked(frame: av.VideoFrame, layout: str, *, full: bool = False, by: Any =
     """
     values = "JPEG" if full else "MPEG"
     reformatter: Any = by or av.video.reformatter.VideoReformatter()
+    # With several threads FFmpeg's first conversion of P010 has wrong pixels where two slices meet, once in twenty times. Old
+    # versions of PyAV have one thread and no such argument.
+    one: dict[str, Any] = {"threads": 1} if "threads" in (reformatter.reformat.__doc__ or "") else {}
     moved: av.VideoFrame = reformatter.reformat(
         frame,
         format=layout,
@@ -533,6 +536,7 @@ def repacked(frame: av.VideoFrame, layout: str, *, full: bool = False, by: Any =
         dst_colorspace="ITU709",
         src_color_range=values,
         dst_color_range=values,
+        **one,
     )
     return moved
 

@@ -656,4 +656,4 @@ def test_compare_without_tensorrt_says_what_is_missing(
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(BackendUnavailable, match="tensorrt") as raised:
         driver.compare(built[0])
-    assert "JetPack" in raised.value.remedy
+    assert "tensorrt-cu13" in raised.value.remedy
