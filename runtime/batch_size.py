@@ -12,7 +12,7 @@ from typing import Final
 
 from lp_edge.errors import ConfigError
 
-__all__ = ["MAX_BATCH_SIZE", "BatchTuner", "candidates"]
+__all__ = ["MAX_BATCH_SIZE", "BatchTuner", "candidates", "check_batch_size"]
 
 MAX_BATCH_SIZE: Final = 64
 """Most frames that may be asked for."""
@@ -24,6 +24,16 @@ _COUNTED: Final = 3
 # Sizes beyond the best one that are tried: a single one may be slow for its kernels, or by chance.
 _PATIENCE: Final = 2
 _WORTH: Final = 0.97  # of the time per frame: what a larger batch must come down to, to be worth its latency
+
+
+def check_batch_size(size: int, bound: int = MAX_BATCH_SIZE, why: str = "") -> None:
+    """Raise ConfigError for a batch size below 1 or above ``bound``."""
+    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= bound:
+        raise ConfigError(
+            f"batch size {size!r}",
+            f"expected 1 to {bound}{why}",
+            "choose a size in that range, or leave it out",
+        )
 
 
 def candidates(requested: int | None, resident: bool, max_batch: int | None) -> tuple[int, ...]:
@@ -39,12 +49,8 @@ def candidates(requested: int | None, resident: bool, max_batch: int | None) -> 
     """
     bound = min(max_batch or MAX_BATCH_SIZE, MAX_BATCH_SIZE)
     if requested is not None:
-        if isinstance(requested, bool) or not isinstance(requested, int) or not 1 <= requested <= bound:
-            raise ConfigError(
-                f"batch size {requested!r}",
-                f"expected 1 to {bound}{'' if max_batch is None or bound < max_batch else ', as its engine was built for'}",
-                "choose a size in that range, or leave it out",
-            )
+        built = "" if max_batch is None or bound < max_batch else ", as its engine was built for"
+        check_batch_size(requested, bound, built)
         return (requested,)
     if not resident:
         return (1,)

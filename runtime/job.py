@@ -27,6 +27,7 @@ import numpy.typing as npt
 from lp_edge.engines.backends import BackendConfig
 from lp_edge.errors import ConfigError, Interrupted, MediaError, NoFaceError
 from lp_edge.runtime.animator import AnimatedFrame, Animation, Animator
+from lp_edge.runtime.batch_size import check_batch_size
 from lp_edge.runtime.driver import Driver
 from lp_edge.runtime.hardware_video import Video, VideoConfig
 from lp_edge.runtime.image import MAX_SIDE, create_beside
@@ -89,7 +90,7 @@ class RunConfig:
         video: what decodes the clips and encodes the result; ``auto`` tries hardware where frames stay on the device.
 
     Raises:
-        ConfigError: ``audio`` or ``crf`` is out of range.
+        ConfigError: ``audio``, ``crf`` or ``batch_size`` is out of range.
     """
 
     source: str | Path
@@ -114,6 +115,8 @@ class RunConfig:
                 f"expected one of {', '.join(AUDIO_SOURCES)}",
                 "choose one of these",
             )
+        if self.batch_size is not None:
+            check_batch_size(self.batch_size)
         if self.crf is not None and not 0 <= self.crf <= 51:
             raise ConfigError(f"crf is {self.crf}", "expected 0 (best) to 51", "use the default")
 
