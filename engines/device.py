@@ -12,7 +12,7 @@ from lp_edge.engines.cuda import Cuda, CudaEvent, CudaStream, DeviceBuffer
 from lp_edge.engines.runner import Array, to_host
 from lp_edge.errors import TensorError
 
-__all__ = ["DeviceArray", "concatenate", "device_array", "rows", "to_device", "upload"]
+__all__ = ["DeviceArray", "concatenate", "device_array", "rows", "staged", "upload"]
 
 _SMALL: Final = 64 << 10  # bytes of a download that is copied out of pinned memory, which comes in pages
 
@@ -38,7 +38,7 @@ class DeviceArray:
         TensorError: a size is negative, or the array does not fit into the buffer.
 
     Example:
-        >>> frame = to_device(cuda, np.zeros((1, 512, 512, 3), np.uint8), stream)  # doctest: +SKIP
+        >>> frame = upload(cuda, np.zeros((1, 512, 512, 3), np.uint8))  # doctest: +SKIP
         >>> np.asarray(frame).shape  # doctest: +SKIP
         (1, 512, 512, 3)
     """
@@ -240,13 +240,6 @@ def device_array(cuda: Cuda, shape: tuple[int, ...], dtype: npt.DTypeLike, strea
     return DeviceArray(cuda.alloc(max(1, nbytes), stream=stream), shape, dtype, stream)
 
 
-def to_device(cuda: Cuda, array: npt.NDArray[Any], stream: CudaStream) -> DeviceArray:
-    """A copy of ``array`` on the device, queued on ``stream``; errors as of ``Cuda.alloc`` and ``Cuda.copy_to_device``."""
-    result = device_array(cuda, array.shape, array.dtype, stream)
-    cuda.copy_to_device(np.asarray(array, order="C"), result.buffer, stream)
-    return result
-
-
 def upload(cuda: Cuda, array: npt.NDArray[Any]) -> DeviceArray:
     """A copy of ``array`` on the device, through pinned memory: queued when this returns, and ``array`` may be changed.
 
@@ -281,6 +274,23 @@ def concatenate(cuda: Cuda, arrays: Sequence[Array], stream: CudaStream) -> Devi
             "correct the arrays",
         )
     return _joined(cuda, arrays, (sum(array.shape[0] for array in arrays), *first.shape[1:]), stream)
+
+
+def staged(array: Array, cuda: Cuda, network: str) -> Array:
+    """An input of a network on ``cuda`` as it can be read: as it is on that device, else on the host.
+
+    Raises:
+        TensorError: it lies on another device.
+    """
+    if not isinstance(array, DeviceArray):
+        return to_host(array)
+    if (other := array.buffer.cuda.device) != cuda.device:
+        raise TensorError(
+            f"{network}: an input lies on device {other}",
+            f"expected it on device {cuda.device}, where the network runs, or on the host",
+            "pass numpy.asarray(array), or open both on one device",
+        )
+    return array
 
 
 def rows(array: Array, start: int, stop: int) -> Array:

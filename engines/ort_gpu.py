@@ -648,15 +648,7 @@ class Resident:
 
     def stage(self, array: Array) -> Array:
         """An input as it can be read; TensorError when it is on another device."""
-        if not isinstance(array, DeviceArray):
-            return to_host(array)
-        if (other := array.buffer.cuda.device) != self.cuda.device:
-            raise TensorError(
-                f"{self._name}: an input lies on device {other}",
-                f"expected it on device {self.cuda.device}, where the network runs, or on the host",
-                "pass numpy.asarray(array), or open both on one device",
-            )
-        return array
+        return device.staged(array, self.cuda, self._name)
 
     def upload(self, array: npt.NDArray[Any]) -> DeviceArray:
         """See :meth:`lp_edge.engines.runner.Runner.upload`."""

@@ -44,7 +44,7 @@ from lp_edge.engines.cuda import (
     SharedCuda,
     shared_cuda,
 )
-from lp_edge.engines.device import DeviceArray, concatenate, upload
+from lp_edge.engines.device import DeviceArray, concatenate, staged, upload
 from lp_edge.engines.runner import Array, Runner, TensorSpec, to_host
 from lp_edge.engines.trt_build import (
     BATCH_AXES,
@@ -611,15 +611,7 @@ class TensorRtRunner(Runner):
     # -- running --------------------------------------------------------------------------------
 
     def _stage(self, array: Array) -> Array:
-        if not isinstance(array, DeviceArray):
-            return to_host(array)
-        if (other := array.buffer.cuda.device) != self._cuda.device:
-            raise TensorError(
-                f"{self.name}: an input lies on device {other}",
-                f"expected it on device {self._cuda.device}, where the network runs, or on the host",
-                "pass numpy.asarray(array), or open both on one device",
-            )
-        return array
+        return staged(array, self._cuda, self.name)
 
     def _infer(self, feeds: Mapping[str, Array], outputs: tuple[str, ...]) -> dict[str, Array]:
         return self._in_slot(feeds, outputs, False)

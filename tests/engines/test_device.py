@@ -11,9 +11,10 @@ import pytest
 
 from lp_edge.engines.backends import BackendConfig, open_runner
 from lp_edge.engines.cuda import Cuda, CudaStream, open_cuda
-from lp_edge.engines.device import DeviceArray, concatenate, device_array, rows, to_device, upload
+from lp_edge.engines.device import DeviceArray, concatenate, device_array, rows, upload
 from lp_edge.engines.runner import Array, fetch, to_host
 from lp_edge.errors import EngineError, LimitError, TensorError
+from lp_edge.tests.fake_cuda.arrays import to_device
 from lp_edge.tests.fake_cuda.device import H200, ORIN, FakeCuda
 
 

@@ -19,11 +19,12 @@ import pytest
 from lp_edge.engines import cuda as cuda_module
 from lp_edge.engines import names, open_bundle, ort, ort_gpu
 from lp_edge.engines.cuda import Cuda, open_cuda
-from lp_edge.engines.device import DeviceArray, rows, to_device
+from lp_edge.engines.device import DeviceArray, rows
 from lp_edge.engines.ort import CPU, CUDA, TENSORRT, TENSORRT_RTX, OrtRunner
 from lp_edge.engines.ort_gpu import bind, result_shape
 from lp_edge.engines.runner import fetch
 from lp_edge.errors import BackendUnavailable, ConfigError, EngineError, LimitError, TensorError
+from lp_edge.tests.fake_cuda.arrays import to_device
 from lp_edge.tests.fake_cuda.device import H200, ORIN, FakeCuda
 from lp_edge.tests.fake_onnxruntime.module import Machine, make_onnxruntime
 

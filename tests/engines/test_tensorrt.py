@@ -33,7 +33,7 @@ from lp_edge.engines import cuda as cuda_module
 from lp_edge.engines.backends import BACKENDS
 from lp_edge.engines.bundle import EngineKey, key_json
 from lp_edge.engines.cuda import Cuda, open_cuda
-from lp_edge.engines.device import DeviceArray, concatenate, to_device
+from lp_edge.engines.device import DeviceArray, concatenate
 from lp_edge.engines.runner import fetch
 from lp_edge.engines.tensorrt import TensorRtConfig, TensorRtRunner, build_bundle_engines, open_engine
 from lp_edge.engines.trt_cache import EngineCache, cache_folders
@@ -48,6 +48,7 @@ from lp_edge.errors import (
     TensorError,
 )
 from lp_edge.tests.engines.test_tensorrt_build import half_model, quantised_model
+from lp_edge.tests.fake_cuda.arrays import to_device
 from lp_edge.tests.fake_cuda.device import H200, ORIN, FakeCuda
 from lp_edge.tests.fake_tensorrt.module import VERSIONS, World, make_tensorrt
 

@@ -17,7 +17,7 @@ import pytest
 from lp_edge.engines.backends import BackendConfig
 from lp_edge.engines.bundle import open_bundle
 from lp_edge.engines.cuda import Cuda, open_cuda
-from lp_edge.engines.device import DeviceArray, to_device, upload
+from lp_edge.engines.device import DeviceArray, upload
 from lp_edge.engines.runner import Array, Runner, TensorSpec, to_host
 from lp_edge.errors import ConfigError, OutputError
 from lp_edge.runtime import bench as bench_module
@@ -40,6 +40,7 @@ from lp_edge.runtime.bench_soak import bench_soak, growth, soak_table
 from lp_edge.runtime.image import write_image
 from lp_edge.runtime.media_write import open_writer
 from lp_edge.runtime.roofline import Board, Peaks, Work
+from lp_edge.tests.fake_cuda.arrays import to_device
 from lp_edge.tests.fake_cuda.device import H200, FakeCuda
 
 CPU = BackendConfig("cpu", threads=1)
