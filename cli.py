@@ -957,28 +957,28 @@ Examples:
 )
 @click.option(
     "--calibration-frames",
-    type=int,
+    type=click.IntRange(1, 1000),
     default=16,
     show_default=True,
     help="With int8 or fp8: frames that set the scales.",
 )
 @click.option(
     "--held-out-frames",
-    type=int,
+    type=click.IntRange(1, 1000),
     default=8,
     show_default=True,
     help="With int8 or fp8: other frames, that judge.",
 )
 @click.option(
     "--keep-float",
-    type=int,
+    type=click.IntRange(0),
     default=None,
     metavar="N",
     help="With int8 or fp8: leave the N convolutions that cost most in floating point.  [default: as few as --min-psnr needs]",
 )
 @click.option(
     "--min-psnr",
-    type=float,
+    type=click.FloatRange(0, 100),
     default=35.0,
     show_default=True,
     metavar="DB",
@@ -994,23 +994,22 @@ Examples:
     metavar="[BUNDLE]",
     help="Build TensorRT engines for the GPU of this machine: of what is exported, or of a finished BUNDLE (needs no PyTorch).",
 )
-@click.option("--device", type=int, default=0, show_default=True, help="With --engines: index of the GPU.")
+@click.option(
+    "--device", type=click.IntRange(0), default=0, show_default=True, help="With --engines: index of the GPU."
+)
 @click.option(
     "--max-batch",
-    type=int,
-    default=0,
+    type=click.IntRange(1, 4096),
     help="With --engines: largest batch that they take.  [default: 4 below 12 GiB of memory, else 8]",
 )
 @click.option(
     "--workspace-mib",
-    type=int,
-    default=0,
+    type=click.IntRange(1, 1 << 20),
     help="With --engines: memory for tactics.  [default: TensorRT's own limit; Jetson: half of what is free]",
 )
 @click.option(
     "--optimization-level",
-    type=int,
-    default=None,
+    type=click.IntRange(0, 5),
     help="With --engines: 0 (quick build) to 5 (thorough); TensorRT 8.6 and newer.  [default: TensorRT's own]",
 )
 @click.option(
@@ -1051,8 +1050,8 @@ def export(
     accept_quality: bool,
     engines: str | None,
     device: int,
-    max_batch: int,
-    workspace_mib: int,
+    max_batch: int | None,
+    workspace_mib: int | None,
     optimization_level: int | None,
     hardware_compatible: bool,
     timing_cache: bool,
@@ -1071,12 +1070,16 @@ def export(
         from lp_edge.export.engines import check_machine
 
         settings = TensorRtConfig(
-            max_batch=max_batch,
-            workspace_mib=workspace_mib,
+            max_batch=max_batch or 0,
+            workspace_mib=workspace_mib or 0,
             optimization_level=optimization_level,
             timing_cache=timing_cache,
             hardware_compatibility=hardware_compatible,
         )
+        if task == "engines":
+            from lp_edge.engines.bundle import open_bundle
+
+            open_bundle(Path(engines))  # what is wrong with the command is told before what the machine lacks
         check_machine(device)
 
     def report(line: str) -> None:
@@ -1161,6 +1164,14 @@ def _export_task(context: click.Context) -> str:
         )
     task: str = context.params["family"] if tasks == ["family"] else tasks[0]
     options = set[str]().union(*_EXPORT_OPTIONS.values())
+    for name in sorted(given & {"flavor", "fp16"} if task == "quantize" else ()):
+        raise ConfigError(
+            f"--{name} with --quantize",
+            "flavour and fp16 are those of the bundle that is quantised",
+            "give an fp16 bundle, and the fp32 one of the same weights as --reference"
+            if name == "fp16"
+            else f"export a bundle with --flavor {context.params['flavor']}, and quantise that",
+        )
     for name in sorted(given & options - _EXPORT_OPTIONS[task] - {task}):
         what = f"--family {task}" if tasks == ["family"] else f"--{task}"
         takes = (
@@ -1268,8 +1279,8 @@ def _engines(
     return told
 
 
-def _exporter(module: str) -> Any:
-    """A module of lp_edge.export; BackendUnavailable when the packages of the extra are missing."""
+def _exporter(module: str, command: str = "lp-export") -> Any:
+    """A module of lp_edge.export; BackendUnavailable when the packages of the extra are missing, which ``command`` needs."""
     import importlib
 
     try:
@@ -1278,7 +1289,7 @@ def _exporter(module: str) -> Any:
         if error.name is None or error.name.startswith("lp_edge"):
             raise
         raise BackendUnavailable(
-            f"lp-export needs the package {error.name}, which is not installed",
+            f"{command} needs the package {error.name}, which is not installed",
             "expected the extra 'export'",
             'pip install "lp-edge[export]"',
         ) from error
@@ -1469,11 +1480,16 @@ def _print_report(report: Report) -> None:
 
     console = Console(soft_wrap=True, highlight=False)
 
-    def section(title: str, rows: Sequence[tuple[bool | None, str, str]]) -> None:
+    def section(title: str, rows: Sequence[tuple[bool | str | None, str, str]]) -> None:
         table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False)
         for _ in range(3):
             table.add_column(overflow="fold")
-        marks = {True: "[green]yes[/]", False: "[red]no[/]", None: "[dim]-[/]"}
+        marks = {
+            True: "[green]yes[/]",
+            False: "[red]no[/]",
+            None: "[dim]-[/]",
+            "warning": "[yellow]warning[/]",
+        }
         for works, name, detail in rows:
             table.add_row(marks[works], escape(name), escape(detail))
         console.print(table)
@@ -1497,12 +1513,17 @@ def _print_report(report: Report) -> None:
             for c in report.components
         ],
     )
-    met = {"ok": True, "note": None, "warning": False, "error": False}
+    met = {"ok": True, "note": None, "warning": "warning", "error": False}
     section("Requirements of GPU backends", [(met[r.severity], r.name, str(r)) for r in report.requirements])
-    section("Backends", [(b.works, b.name, b.detail) for b in report.backends])
+    section(
+        "Backends", [(b.works or (False if b.remedy else None), b.name, b.detail) for b in report.backends]
+    )
     section("Encoders", [(e.works, e.name, f"{e.use}: {e.detail}") for e in report.encoders])
     there = bool(machine.gpus or machine.jetson)
-    section("Video", [(v.works or (False if there else None), v.name, v.detail) for v in report.video])
+    section(
+        "Video",
+        [(v.works or (False if there and v.remedy else None), v.name, v.detail) for v in report.video],
+    )
     section("Bundle", [(report.bundle.works, report.bundle.path, report.bundle.detail)])
     missing = report.missing()
     if missing:
@@ -1532,7 +1553,7 @@ Examples:
     lp-bench warp --size 512 --batch 1 --batch 4
     lp-bench networks --bundle liveportrait-human-fp16 --backend tensorrt --json networks.jsonl
     lp-bench pipeline --bundle liveportrait-human-fp16 --both --batch 1,auto
-    lp-bench compare --b torch-eager --b torch-compile --weights pretrained_weights
+    lp-bench compare --bundle liveportrait-human-fp16 --b torch-eager --weights pretrained_weights
     lp-bench compare --a cuda:bundle16 --b cpu:bundle32 --network warp_decode
     lp-bench soak --frames 10000
     lp-bench jetson --bundle liveportrait-human-fp16 --markdown jetson.md
@@ -1548,6 +1569,12 @@ def bench() -> None:
     """
 
 
+def _no_dash(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    if str(path) == "-":
+        raise click.BadParameter("a file is expected, not standard output", ctx=context, param=parameter)
+    return path
+
+
 def _report_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(
         (
@@ -1556,11 +1583,13 @@ def _report_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 "lines",
                 type=click.Path(path_type=Path, allow_dash=True),
                 metavar="FILE",
-                help="Write the records there, one JSON object a line; - = to standard output instead of the table.",
+                help="Write the records there, one JSON object a line (in FILE.partial until the run is done); - = to standard output "
+                "instead of the table.",
             ),
             click.option(
                 "--markdown",
                 type=click.Path(path_type=Path),
+                callback=_no_dash,
                 metavar="FILE",
                 help="Write the tables there.",
             ),
@@ -1577,14 +1606,27 @@ def _report_records(
     lines: Path | None,
     markdown: Path | None,
 ) -> list[dict[str, Any]]:
-    """Write every record as it comes, at the end the tables."""
-    from lp_edge.runtime.bench_report import lines_to, write_markdown
+    """Write every record as it comes, at the end the tables; a run that ends before says where its records are."""
+    from lp_edge.runtime.bench_report import lines_to, partial_of, write_markdown
+    from lp_edge.runtime.image import check_folder
 
-    kept = []
-    with lines_to(lines) as write:
-        for record in records:
-            write(record)
-            kept.append(record)
+    if markdown is not None:
+        check_folder(markdown)
+    kept: list[dict[str, Any]] = []
+    try:
+        with lines_to(lines) as write:
+            for record in records:
+                write(record)
+                kept.append(record)
+    except BaseException as error:
+        if not kept or lines is None or isinstance(error, BrokenPipeError):
+            raise
+        there = "on standard output" if str(lines) == "-" else f"in {partial_of(lines)}"
+        told = f"{len(kept)} record{'s' * (len(kept) > 1)} measured until then: {there}"
+        if isinstance(error, (KeyboardInterrupt, click.Abort)):
+            raise Interrupted("the run was stopped", told) from error
+        click.echo(f"lp-bench: {told}", err=True)
+        raise
     made = tables(kept)
     if markdown is not None:
         write_markdown(markdown, made)
@@ -1610,7 +1652,7 @@ def _words(context: click.Context, parameter: click.Parameter, text: str | None)
 def _counter(needed: bool) -> Counter | None:
     """What counts FLOPs and bytes of ONNX files; None, or an error where it is needed, without the package onnx."""
     try:
-        return cast("Counter", _exporter("cost").file_cost)
+        return cast("Counter", _exporter("cost", "lp-bench").file_cost)
     except BackendUnavailable as error:
         if needed:
             raise BackendUnavailable(
@@ -1706,7 +1748,9 @@ def _animation_options(command: Callable[..., Any]) -> Callable[..., Any]:
     metavar="N|auto,…",
     help="Frames drawn at once; one run each.  [default: auto]",
 )
-@click.option("--frames", type=int, default=None, help="Stop after so many frames.")
+@click.option(
+    "--frames", type=int, default=None, help="Stop after so many frames, those of --warmup included."
+)
 @click.option("--warmup", type=int, default=10, show_default=True, help="Frames that are not counted.")
 @_backend_options
 @_report_options
@@ -1758,7 +1802,7 @@ def bench_pipeline_command(
     multiple=True,
     metavar="BACKEND[:BUNDLE]",
     help="Other side; may be repeated. Also torch-eager and torch-compile: LivePortrait's networks of --weights in PyTorch, in "
-    "float16 on a GPU.  [default: both of these]",
+    "float16 on a GPU, against bundles of that family.  [default: both of these]",
 )
 @click.option(
     "--weights",
@@ -1809,7 +1853,7 @@ def bench_compare_command(
             raise ConfigError(
                 f"--b {words} without --weights", "expected checkpoints for PyTorch", "add --weights DIR"
             )
-        torch_side: Side = _exporter("bench_torch").open_torch_side(
+        torch_side: Side = _exporter("bench_torch", "lp-bench").open_torch_side(
             weights,
             name.removeprefix("torch-"),
             device=backend.device,
@@ -1911,7 +1955,9 @@ def bench_jetson_command(
     help="Driver.  [default: the demo picture talking, a clip of 512x512]",
 )
 @click.option("--size", type=int, default=640, show_default=True, help="Longest side of the animated crop.")
-@click.option("--frames", type=int, default=None, help="Stop after so many frames.")
+@click.option(
+    "--frames", type=int, default=None, help="Stop after so many frames, those of --warmup included."
+)
 @click.option("--warmup", type=int, default=10, show_default=True, help="Frames that are not counted.")
 @_backend_options
 @click.option("-v", "--verbose", is_flag=True, help="Print what is done, and tracebacks.")
@@ -1939,8 +1985,7 @@ def bench_run(
         limit=frames,
     )
     with logging_to_console(False, verbose):
-        for record in records:
-            click.echo(json.dumps(record))
+        _report_records(records, lambda kept: [], Path("-"), None)
 
 
 @bench.command("warp")
@@ -1964,5 +2009,4 @@ def bench_warp(
 
     records = measure(size, batches, seconds=seconds, bundle=bundle, backend=backend)
     with logging_to_console(False, verbose):
-        for record in records:
-            click.echo(json.dumps(record))
+        _report_records(records, lambda kept: [], Path("-"), None)

@@ -129,7 +129,8 @@ def torch_side(
             torch.backends.cudnn.benchmark = before
 
     told = {"torch": torch.__version__, "device": _device_name(device), "mode": mode, "half": half}
-    return Side(f"torch {mode}{' fp16' if half else ''}", tuple(_INPUTS), opener, {**(origin or {}), **told})
+    label = f"torch {mode}{' fp16' if half else ''}"
+    return Side(label, tuple(_INPUTS), opener, {**(origin or {}), **told}, "liveportrait")
 
 
 def _device_name(device: str) -> str:

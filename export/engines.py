@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -25,16 +26,19 @@ _DEVICE_GRAPHS: Final = (
 
 
 def check_machine(device: int = 0) -> None:
-    """Raise BackendUnavailable, with what to do, where no engine can be built: told before an export, not after it."""
+    """Raise BackendUnavailable, with what to do, where no engine can be built: told before an export, not after it.
+
+    What the engine's own remedies say of other backends is left out: they help a run, not a build.
+    """
     try:
         import_tensorrt()
         shared_cuda(device).close()
     except BackendUnavailable as error:
+        here = re.sub(r"[;,] or use --backend .*", "", error.remedy)
         raise BackendUnavailable(
             f"engines cannot be built here: {error.got}",
             error.expected,
-            "export without --engines, and build them where they will run, with lp-export --engines BUNDLE, or leave it to "
-            f"the first run with --backend tensorrt; for building here: {error.remedy}",
+            f"export without --engines, and build them where they run (lp-export --engines BUNDLE there); here: {here}",
         ) from error
 
 

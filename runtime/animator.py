@@ -148,7 +148,8 @@ class Animator:
         self.finder = FaceFinder(FaceDetector(detector, DetectorConfig(score=0.4)), FaceMeshNet(mesh))
         self.canonical = Canonical.from_table(self.bundle.load_table("canonical"))
         self.backend = self.family.backend
-        self.video = Video(video, accelerated=self.family.resident, device=config.device)
+        on_gpu = self.family.resident and self.family.accelerated
+        self.video = Video(video, accelerated=on_gpu, device=config.device)
         self._drivers = Drivers(self.family, self.finder, self.video)
         self._batch_size: int | None = None  # the one that an earlier animation found
 

@@ -34,7 +34,8 @@ from lp_edge.runtime.driver import Driver
 from lp_edge.runtime.image import cannot_write, check_folder, fsync_path
 from lp_edge.runtime.job import DriverInput, Progress, RunConfig, RunResult, run_job
 from lp_edge.runtime.job_list import BatchJob
-from lp_edge.runtime.media_write import OUTPUT_SUFFIXES
+from lp_edge.runtime.media_read import sniff_kind
+from lp_edge.runtime.media_write import H264_SUFFIXES, OUTPUT_SUFFIXES
 from lp_edge.runtime.options import AnimateOptions
 from lp_edge.runtime.stopwatch import Stopwatch
 from lp_edge.runtime.templates import MotionTemplate
@@ -139,7 +140,8 @@ def run_batch(
     Raises:
         ConfigError: no job, or options that do not go with a batch.
         OutputError: the folder cannot be made or written.
-        BundleError, BackendUnavailable, EngineError: the networks cannot be opened.
+        BundleError, BackendUnavailable, EngineError: the networks cannot be opened, or a decoder or encoder that is named does
+            not work here at all.
         Interrupted: Ctrl-C; finished results stay, the unfinished one leaves nothing.
     """
     started = time.perf_counter()
@@ -163,8 +165,13 @@ def run_batch(
                 animator = stack.enter_context(
                     Animator(bundle, backend=first.backend, video=first.video, face_models=first.face_models)
                 )
-                waiting = [job.config for job, entry in zip(jobs, entries, strict=True) if entry is None]
-                motions = _Motions(animator, waiting)
+                waiting = [job for job, entry in zip(jobs, entries, strict=True) if entry is None]
+                if len(waiting) > 1:  # one job tells it itself
+                    animator.video.check(
+                        decodes=any(map(_has_clip, waiting)),
+                        encodes=any(job.output.suffix.lower() in H264_SUFFIXES for job in waiting),
+                    )
+                motions = _Motions(animator, [job.config for job in waiting])
             for number, (job, entry) in enumerate(zip(jobs, entries, strict=True), 1):
                 outcome = JobOutcome(job, frames=entry["frames"] if entry is not None else 0)
                 if entry is None and motions is not None:
@@ -212,6 +219,15 @@ def _run_one(
         return JobOutcome(job, error=LpEdgeError(message, "", "run this job alone with --verbose"))
     finally:
         motions.done(job.config)
+
+
+def _has_clip(job: BatchJob) -> bool:
+    """Whether a job decodes; what cannot be read is told when its turn comes."""
+    for what in (job.config.source, *job.config.drivers):
+        with suppress(LpEdgeError):
+            if not isinstance(what, MotionTemplate) and sniff_kind(what) == "video":
+                return True
+    return False
 
 
 class _Motions:

@@ -83,7 +83,7 @@ def bench_animation(
         driving: driver; None = a clip of 512x512 in which the demo picture talks (made first, not counted).
         batch_size: as :meth:`Animator.animate`.
         warmup: frames at the beginning that are not counted.
-        limit: stop after so many frames.
+        limit: stop after so many frames, those of the warm-up included; None = where the driver ends.
         observer: looks on.
 
     Yields:
@@ -91,7 +91,8 @@ def bench_animation(
         for the time between two finished frames, and ``fps``, ``frames``, ``seconds``, ``peak_memory_mib``.
 
     Raises:
-        ConfigError: ``warmup`` or ``limit`` leaves nothing to count.
+        ConfigError: ``warmup`` or ``limit`` leaves nothing to count, or the run has fewer frames than ``limit`` (told before it
+            begins where the files tell their length).
         LpEdgeError: as :meth:`lp_edge.runtime.animator.Animator.animate`.
     """
     if warmup < 0 or (limit is not None and limit <= warmup):
@@ -121,6 +122,8 @@ def bench_animation(
             ) as animation,
             open_writer(folder / "result.mp4", animation.size, animation.fps) as writer,
         ):
+            if animation.expected is not None:
+                _check_length(animation.expected, warmup, limit)
             if not warmup:
                 observer.begin()
             for frame in animation:
@@ -135,12 +138,7 @@ def bench_animation(
             with watch("finish"):
                 writer.close()
         ended = time.perf_counter()
-        if len(done) <= warmup + 1:
-            raise ConfigError(
-                f"the run has {len(done)} frames",
-                f"expected more than {warmup + 1}",
-                "lower --warmup or use a longer clip",
-            )
+        _check_length(len(done), warmup, limit)
         first = done[warmup - 1] if warmup else started
         counted_frames = len(done) - warmup
         observer.end(counted_frames, done[-1] - first)
@@ -238,6 +236,22 @@ def bench_warp(
                 "peak_memory_mib": peak_memory_mib(),
                 "provenance": origin,
             }
+
+
+def _check_length(frames: int, warmup: int, limit: int | None) -> None:
+    """ConfigError where a run of so many frames has too few: less would be measured than what was asked for."""
+    if frames <= warmup + 1:
+        raise ConfigError(
+            f"the run has {frames} frames",
+            f"expected more than {warmup + 1}",
+            "lower --warmup or use a longer clip",
+        )
+    if limit is not None and frames < limit:
+        raise ConfigError(
+            f"the run has {frames} frames",
+            f"expected {limit}, as asked for (the warm-up included)",
+            f"ask for {frames} at most, or give a longer --driving",
+        )
 
 
 def default_inputs(

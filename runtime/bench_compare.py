@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lp_edge.engines import names
 from lp_edge.engines.backends import BackendConfig, resolve_backend
 from lp_edge.engines.bundle import open_bundle
 from lp_edge.errors import ConfigError
@@ -24,6 +25,8 @@ Call = Callable[[], "float | None"]
 """One call of a network that returns when its result is there: the seconds that it took, or None to have them taken here."""
 
 _DRAWS = 2000
+_OF_ANY_FAMILY = (names.FACE_DETECTOR, names.FACE_MESH)
+"""Networks that are the same whatever the family; any other shares a name and nothing else with that of another family."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,14 @@ class Side:
         networks: names of the networks that it has.
         open: network and batch → a context with a call, whose inputs are where the side reads them fastest.
         origin: what belongs to its provenance.
+        family: of its networks, as in the manifest; empty = not told, taken for that of the other side.
     """
 
     label: str
     networks: tuple[str, ...]
     open: Callable[[str, int], AbstractContextManager[Call]]
     origin: Mapping[str, Any]
+    family: str = ""
 
 
 def runner_side(bundle: Path | None, backend: BackendConfig, label: str = "") -> Side:
@@ -65,6 +70,7 @@ def runner_side(bundle: Path | None, backend: BackendConfig, label: str = "") ->
         tuple(opened.manifest.networks),
         opener,
         origin_of(opened, None, config),
+        opened.manifest.family,
     )
 
 
@@ -115,7 +121,8 @@ def bench_compare(
         median over rounds, with ``low`` and ``high`` of its 95 % bootstrap interval.
 
     Raises:
-        ConfigError: a number is out of range, or the sides share no network that is asked for.
+        ConfigError: a number is out of range, or two sides do not share a network that is asked for (two families share those
+            alone that find faces); told of all sides before the first call.
         LpEdgeError: as the sides.
     """
     if rounds < 2 or warmup < 0 or not batches or not 1 <= min(batches) <= max(batches) <= 256:
@@ -124,24 +131,39 @@ def bench_compare(
             "expected 2 or more, 0 or more, 1 to 256 each",
             "choose values in that range",
         )
-    for other in others:
-        shared = [name for name in ours.networks if name in other.networks]
-        chosen = [name for name in shared if not networks or name in networks]
-        if missing := [name for name in networks if name not in shared]:
-            raise ConfigError(
-                f"{', '.join(missing)} is not on both sides",
-                f"{ours.label} and {other.label} share {', '.join(shared) or 'no network'}",
-                "correct --network, or compare other sides",
-            )
-        if not chosen:
-            raise ConfigError(
-                f"{ours.label} and {other.label} share no network",
-                "expected bundles of one family",
-                "compare other sides",
-            )
-        for name in chosen:
+    chosen = [(other, _chosen(ours, other, networks)) for other in others]
+    for other, shared in chosen:
+        for name in shared:
             for batch in batches:
                 yield _compare(ours, other, name, batch, rounds, warmup)
+
+
+def _chosen(ours: Side, other: Side, networks: Sequence[str]) -> list[str]:
+    """The networks to compare: those asked for, or all that both sides have."""
+    both = [name for name in ours.networks if name in other.networks]
+    families = {side.family for side in (ours, other) if side.family}
+    shared = both if len(families) < 2 else [name for name in both if name in _OF_ANY_FAMILY]
+    missing = [name for name in networks if name not in shared]
+    if shared and not missing:
+        return [name for name in shared if not networks or name in networks]
+    if len(families) > 1:
+        raise ConfigError(
+            f"{ours.label} is of the family {ours.family}, {other.label} of the family {other.family}: "
+            f"{', '.join(missing) or 'their networks'} cannot be compared",
+            f"expected one family, or networks that both have: {', '.join(shared) or 'these have none'}",
+            f"give both sides of the family {other.family}, say --bundle with one of it (lp-export --family {other.family})",
+        )
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)} is not on both sides",
+            f"{ours.label} and {other.label} share {', '.join(shared) or 'no network'}",
+            "correct --network, or compare other sides",
+        )
+    raise ConfigError(
+        f"{ours.label} and {other.label} share no network",
+        "expected bundles of one family",
+        "compare other sides",
+    )
 
 
 def _compare(ours: Side, other: Side, name: str, batch: int, rounds: int, warmup: int) -> dict[str, Any]:

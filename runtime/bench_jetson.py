@@ -113,6 +113,11 @@ def estimate_jetson(
             }
 
 
+def _plain(value: float) -> str:
+    """Three digits or all before the point, thousands apart; never an exponent."""
+    return f"{value:,.0f}".replace(",", " ") if value >= 99.95 else f"{value:.3g}"
+
+
 def jetson_table(records: Sequence[dict[str, Any]]) -> Table:
     """The records for people; says in title and columns that these are estimates."""
     columns = ["board", "precision"]
@@ -122,14 +127,18 @@ def jetson_table(records: Sequence[dict[str, Any]]) -> Table:
     table = Table("Jetson: roofline ESTIMATE, not measured", columns)
 
     def span(low: float, high: float) -> str:
-        a, b = f"{low:.3g}", f"{high:.3g}"
+        a, b = _plain(low), _plain(high)
         return a if a == b else f"{a} to {b}"
+
+    def amount(value: float, unit: str) -> str:
+        return f"{_plain(value)} {unit}" if value >= 1 else f"below 1 {unit}"
 
     for r in records:
         cells = [r["board"], r["precision"], *(span(*r["networks"][name]) for name in parts)]
         table.rows.append([*cells, span(*r["picture_fps"]), span(*r["clip_fps"])])
     work = ", ".join(
-        f"{name} {records[0]['gflop'][name]:.4g} GFLOP, {records[0]['mb'][name]:.4g} MB" for name in parts
+        f"{name} {amount(records[0]['gflop'][name], 'GFLOP')}, {amount(records[0]['mb'][name], 'MB')}"
+        for name in parts
     )
     table.notes += [
         "**Estimates from counted work and published peaks; nothing here was measured.** Bounds: real figures are lower.",

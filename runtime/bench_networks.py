@@ -69,12 +69,11 @@ def bench_networks(
         ConfigError: a batch, a time or a network is not there.
         LpEdgeError: as :meth:`lp_edge.engines.bundle.Bundle.runner`, and what the counter raises.
     """
-    if not batches or min(batches) < 1 or max(batches) > 256 or not 0 < seconds <= 600:
-        raise ConfigError(
-            f"batches {tuple(batches)}, seconds {seconds}",
-            "expected 1 to 256 each, up to 600",
-            "choose values in that range",
-        )
+    if not batches or min(batches) < 1 or max(batches) > 256:
+        given = ",".join(map(str, batches)) or "empty"
+        raise ConfigError(f"--batch {given}", "expected 1 to 256 each", "correct --batch")
+    if not 0 < seconds <= 600:
+        raise ConfigError(f"--seconds {seconds:g}", "expected more than 0, up to 600", "correct --seconds")
     opened = open_bundle(bundle)
     chosen = chosen_networks(opened, networks)
     config = resolve_backend(backend or BackendConfig())

@@ -200,7 +200,11 @@ def bench_pipeline(
         frame, each timed alone), ``outside`` = frame_ms / networks_ms - 1, what everything else adds to a frame,
         ``engine_busy`` = share of the time in which a call was running, as the host sees it (None where runners queue),
         ``device_busy`` = networks_ms / frame_ms, at most 1, ``gpu`` = what nvidia-smi saw. On a CPU networks and the rest share
-        the cores and calls overlap, so that ``outside`` says little there; read ``engine_busy``.
+        the cores and calls overlap: ``outside`` is at least that much there, and None where it would be below zero; read
+        ``engine_busy``.
+
+    Raises:
+        ConfigError, LpEdgeError: as there.
     """
     given = backend or BackendConfig()
     known = open_bundle(bundle).manifest.networks
@@ -228,6 +232,9 @@ def bench_pipeline(
         frame = recorder.seconds / recorder.frames
         # The graphs that cut and paste are not what has to be computed: they count as outside.
         networks = sum(record["frame_ms"] for record in recorder.networks if record["network"] in known) / 1e3
+        outside = round(frame / networks - 1, 4) if networks else None
+        if not recorder.resident and outside is not None and outside < 0:
+            outside = None
         yield {
             **whole,
             "bench": "pipeline",
@@ -235,7 +242,7 @@ def bench_pipeline(
             "resident": recorder.resident,
             "frame_ms": round(frame * 1e3, 4),
             "networks_ms": round(networks * 1e3, 4),
-            "outside": round(frame / networks - 1, 4) if networks else None,
+            "outside": outside,
             "engine_busy": None
             if recorder.resident
             else round(min(1.0, recorder.busy_seconds / recorder.seconds), 4),
@@ -309,7 +316,7 @@ def pipeline_table(records: Sequence[dict[str, Any]]) -> list[Table]:
             whole.rows.append(
                 [
                     r["pixels"],
-                    f"auto: {r['batch_size']}" if r["batch"] == "auto" else r["batch"],
+                    f"auto: {r['batch_size'] or 'not found yet'}" if r["batch"] == "auto" else r["batch"],
                     r["fps"],
                     r["frame_ms"],
                     r["p99_ms"],
@@ -324,6 +331,12 @@ def pipeline_table(records: Sequence[dict[str, Any]]) -> list[Table]:
     if any(not r.get("resident", True) for r in records if r["bench"] == "pipeline"):
         whole.notes.append(
             "The backend computes on the host: networks share its cores with everything else, and their calls overlap, so "
-            "'outside' says little; 'engine busy' is the share of the time in which a network was running."
+            "'outside' says little (a dash: together they are longer than a frame); 'engine busy' is the share of the time in "
+            "which a network was running."
+        )
+    if any(r["batch"] == "auto" and r["batch_size"] is None for r in records if r["bench"] == "pipeline"):
+        whole.notes.append(
+            "'not found yet': the run ended while sizes of a batch were still tried; its figures are of all of them. Give "
+            "more frames, or --batch N."
         )
     return [stages, networks, whole]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lp_edge.runtime.image import cannot_write, check_folder
+from lp_edge.runtime.image import cannot_write, check_folder, create_beside, publish
 
-__all__ = ["Table", "lines_to", "write_markdown"]
+__all__ = ["Table", "lines_to", "partial_of", "write_markdown"]
 
 
 @dataclass
@@ -78,15 +79,24 @@ def _text(cell: Any) -> str:
     return str(cell)
 
 
+def partial_of(path: Path) -> Path:
+    """Where :func:`lines_to` keeps the records of a run that is not done: ``FILE.partial``."""
+    path = path.resolve()
+    return path.with_name(f"{path.name}.partial")
+
+
 @contextmanager
 def lines_to(path: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A function that writes a record as a line of JSON at once, so that a run that is stopped leaves what it has measured.
+
+    Records go to :func:`partial_of` the file, which takes its place when the block ends well. A block that raises leaves the
+    file as it was, and the partial file if there is a record in it. What is no regular file (a pipe, say) is written directly.
 
     Args:
         path: the file, replaced if there is one; None = nowhere; ``-`` = standard output.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: it cannot be written; told before the first record where it can be known.
     """
     if path is None:
         yield lambda record: None
@@ -95,16 +105,37 @@ def lines_to(path: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
         yield lambda record: print(_json(record), flush=True)
         return
     check_folder(path)
+    direct = path.exists() and not path.is_file()
+    written = path if direct else partial_of(path)
+    count = 0
     try:
-        with path.open("w", encoding="utf-8") as file:
-
-            def write(record: dict[str, Any]) -> None:
-                file.write(_json(record) + "\n")
-                file.flush()
-
-            yield write
+        # Opened to append: what an earlier run has left stays until there is something in its place.
+        file = written.open("w" if direct else "a", encoding="utf-8")
     except OSError as error:
         raise cannot_write(path, error) from error
+
+    def write(record: dict[str, Any]) -> None:
+        nonlocal count
+        try:
+            if not count and not direct:
+                file.truncate(0)
+            file.write(_json(record) + "\n")
+            file.flush()
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        count += 1
+
+    try:
+        with file:
+            yield write
+    finally:
+        if not direct and not count and not os.path.getsize(written):
+            written.unlink()
+    if not direct and count:
+        try:
+            publish(written, path.resolve())
+        except OSError as error:
+            raise cannot_write(path, error) from error
 
 
 def _json(record: dict[str, Any]) -> str:
@@ -112,9 +143,17 @@ def _json(record: dict[str, Any]) -> str:
 
 
 def write_markdown(path: Path, tables: Iterable[Table]) -> None:
-    """Tables one below the other; OutputError when it cannot be written."""
-    check_folder(path)
+    """Tables one below the other, in place of what was there; OutputError when it cannot be written."""
+    text = "\n".join(table.markdown() for table in tables)
+    direct = path.exists() and not path.is_file()
+    target = path.resolve()
+    part = path if direct and not path.is_dir() else create_beside(target)
     try:
-        path.write_text("\n".join(table.markdown() for table in tables), encoding="utf-8")
+        part.write_text(text, encoding="utf-8")
+        if not direct:
+            publish(part, target)
     except OSError as error:
         raise cannot_write(path, error) from error
+    finally:
+        if not direct:
+            part.unlink(missing_ok=True)

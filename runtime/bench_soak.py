@@ -22,7 +22,7 @@ from lp_edge.runtime.bench_calls import origin_of
 from lp_edge.runtime.bench_report import Table
 from lp_edge.runtime.options import AnimateOptions
 
-__all__ = ["bench_soak", "growth", "soak_table"]
+__all__ = ["bench_soak", "growth", "growth_words", "soak_table"]
 
 _MIB = 2**20
 _SETTLING = 0.2  # share of the samples at the beginning in which pools, caches and arenas fill
@@ -30,6 +30,12 @@ _SETTLING = 0.2  # share of the samples at the beginning in which pools, caches 
 _ALLOWED = {"host_mib": 16.0, "device_mib": 32.0}
 _ALLOWED_SHARE = 0.02
 _LEVEL = ("threads", "descriptors")
+_WORDS = {
+    "host_mib": ("memory of the process", " MiB"),
+    "device_mib": ("memory of the GPU", " MiB"),
+    "threads": ("threads", ""),
+    "descriptors": ("open files", ""),
+}
 
 
 def growth(at: Sequence[float], values: Sequence[float]) -> float:
@@ -75,11 +81,11 @@ def bench_soak(
         ConfigError: a number is out of range, or the driver is a still picture.
         LpEdgeError: as :meth:`lp_edge.runtime.animator.Animator.animate`.
     """
-    if frames < 20 or samples < 10 or samples > frames:
+    if frames < 20:
+        raise ConfigError(f"--frames {frames}", "expected 20 or more", "raise --frames")
+    if not 10 <= samples <= frames:
         raise ConfigError(
-            f"frames {frames}, samples {samples}",
-            "expected 20 or more frames, 10 or more samples, no more than frames",
-            "raise --frames",
+            f"--samples {samples}", f"expected 10 to {frames}, the number of --frames", "correct --samples"
         )
     config, options = backend or BackendConfig(), options or AnimateOptions()
     taken: list[dict[str, Any]] = []
@@ -175,6 +181,14 @@ def _verdict(taken: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"growth": grown, "level": level, "passed": all(known is not False for known in level.values())}
 
 
+def growth_words(record: dict[str, Any]) -> str:
+    """``growth`` of a record ``soak`` for people."""
+    return ", ".join(
+        f"{_WORDS[name][0]} {'not known' if grown is None else f'{grown:+.4g}{_WORDS[name][1]}'}"
+        for name, grown in record["growth"].items()
+    )
+
+
 def soak_table(records: Sequence[dict[str, Any]]) -> Table:
     """First, middle and last sample and the verdict, for people."""
     taken = [r for r in records if r["bench"] == "sample"]
@@ -183,12 +197,8 @@ def soak_table(records: Sequence[dict[str, Any]]) -> Table:
     shown = sorted({0, len(taken) // 4, len(taken) // 2, 3 * len(taken) // 4, len(taken) - 1})
     table.rows += [[taken[index][key] for key in keys] for index in shown if 0 <= index < len(taken)]
     for record in (r for r in records if r["bench"] == "soak"):
-        words = [
-            f"{name} {'not known' if grown is None else f'{grown:+.4g}'}"
-            for name, grown in record["growth"].items()
-        ]
         table.notes.append(
-            f"{record['frames']} frames at {record['fps']} frames/s; growth after the first fifth: {', '.join(words)}. "
+            f"{record['frames']} frames at {record['fps']} frames/s; growth after the first fifth: {growth_words(record)}. "
             + ("Level." if record["passed"] else "NOT level.")
         )
     return table

@@ -10,10 +10,11 @@ import contextlib
 import importlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
@@ -46,6 +47,8 @@ __all__ = [
     "examine_encoders",
     "examine_machine",
     "examine_video",
+    "fitting_backends",
+    "fitting_video",
     "lp_edge_version",
 ]
 
@@ -179,7 +182,8 @@ class Report:
     def missing(self) -> list[Missing]:
         """What is missing and how to get it, what is needed first.
 
-        A GPU backend and video hardware count as missing only where there is a GPU; one way to use it is enough.
+        A GPU backend and video hardware count as missing only where there is a GPU and something can be done about it; one way
+        to use it is enough. A backend is left out where the requirement that it lacks is in the list already.
         """
         found = [
             Missing(c.problem or f"{c.name} is not installed ({c.use})", c.remedy, c.needed)
@@ -188,10 +192,11 @@ class Report:
         ]
         any_works = any(b.works for b in self.backends)
         gpu = bool(self.machine.gpus or self.machine.jetson)
+        told = {r.name for r in self.requirements if r.severity == "error"}
         found += [
             Missing(b.detail, b.remedy, b.name == "cpu" and not any_works)
             for b in self.backends
-            if not b.works and (b.name == "cpu" or gpu)
+            if not b.works and (b.name == "cpu" or (gpu and b.remedy and _LACKS.get(b.name) not in told))
         ]
         found += [
             Missing(f"encoder {e.name} ({e.use}): {e.detail}", e.remedy, e.needed)
@@ -216,7 +221,9 @@ class Report:
         for role in ("decode", "encode"):
             tried = [v for v in self.video if v.role == role]
             if tried and not any(v.works for v in tried):
-                ways = [v for v in tried if v.kind == wanted]
+                ways = [v for v in tried if v.kind == wanted and v.remedy]
+                if not ways:  # a GPU without such hardware
+                    continue
                 why = "; ".join(f"{v.name}: {v.detail}" for v in ways)
                 yield Missing(f"no hardware {role}s video ({why})", ways[0].remedy, False)
 
@@ -525,6 +532,47 @@ def examine_video(device: int = 0) -> tuple[VideoStatus, ...]:
     return tuple(statuses)
 
 
+# -- what fits this machine ---------------------------------------------------------------------------
+
+# Backend -> the requirement whose remedy is that of the backend, for the very driver, Python or JetPack.
+_LACKS: Final = {"cuda": "onnxruntime-gpu", "ort-tensorrt": "onnxruntime-gpu", "tensorrt": "TensorRT"}
+_NO_NVENC: Final = re.compile(r"Orin Nano|\b(A100|H100|H200)\b")
+
+
+def _takes_rtx(machine: Machine) -> bool:
+    """TensorRT-RTX is for GeForce and RTX cards, Ampere or newer."""
+    return any(
+        "RTX" in gpu.name and (not gpu.compute_capability or float(gpu.compute_capability) >= 8)
+        for gpu in machine.gpus
+    )
+
+
+def fitting_backends(
+    backends: Sequence[BackendStatus], machine: Machine, requirements: Sequence[Requirement]
+) -> tuple[BackendStatus, ...]:
+    """What was found about backends, with remedies for this machine: "" where its GPU cannot use the backend."""
+    precise = {r.name: r.remedy.partition(": ")[2] if r.remedy.startswith("for --backend") else r.remedy
+               for r in requirements}  # fmt: skip
+    fitted = []
+    for status in backends:
+        if not status.works and status.name == "tensorrt-rtx" and not _takes_rtx(machine):
+            status = replace(status, detail=f"{status.detail}; for GeForce and RTX cards only", remedy="")
+        elif not status.works and precise.get(_LACKS.get(status.name, "")):
+            status = replace(status, remedy=precise[_LACKS[status.name]])
+        fitted.append(status)
+    return tuple(fitted)
+
+
+def fitting_video(video: Sequence[VideoStatus], machine: Machine) -> tuple[VideoStatus, ...]:
+    """What was found about video hardware; an encoder that this GPU does not have needs no remedy."""
+    found = _NO_NVENC.search(machine.jetson or (machine.gpus[0].name if machine.gpus else ""))
+    detail = f"{found[0]} has no NVENC, software encodes" if found else ""
+    return tuple(
+        replace(v, detail=detail, remedy="") if found and v.role == "encode" and not v.works else v
+        for v in video
+    )
+
+
 # -- bundle -----------------------------------------------------------------------------------------
 
 
@@ -554,12 +602,13 @@ def examine(bundle: Path | None = None) -> Report:
         bundle: folder of the bundle to verify; None = the built-in one.
     """
     machine = examine_machine()
+    requirements = examine_requirements(machine)
     return Report(
         components=examine_components(),
         machine=machine,
-        backends=tuple(available_backends()),
+        backends=fitting_backends(available_backends(), machine, requirements),
         encoders=examine_encoders(),
         bundle=examine_bundle(bundle),
-        requirements=examine_requirements(machine),
-        video=examine_video(),
+        requirements=requirements,
+        video=fitting_video(examine_video(), machine),
     )

@@ -84,6 +84,8 @@ class Family(ABC, Generic[P]):
         name: as in the manifest of its bundles.
         backend: backend that runs the networks that draw.
         resident: frames stay on a device from the networks to the finished picture.
+        accelerated: the network that draws leaves its results on a GPU. Pixels may be ``resident`` without: their graphs run on a
+            CPU backend as well.
         max_batch: most frames that :meth:`render` takes at once; None = no bound but memory.
         mixes_portraits: :meth:`render` takes frames of different portraits together, and that pays.
     """
@@ -91,6 +93,7 @@ class Family(ABC, Generic[P]):
     name: str
     backend: str
     resident: bool
+    accelerated: bool
     max_batch: int | None
     mixes_portraits: bool
 

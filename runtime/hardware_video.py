@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -342,7 +343,7 @@ class Video:
 
     Args:
         config: what is asked for.
-        accelerated: whether the networks run on a GPU; without it ``auto`` is software and tries nothing.
+        accelerated: whether frames stay on a GPU from the networks on; without it ``auto`` is software and tries nothing.
         device: index of the GPU where ``config`` names none.
 
     Attributes:
@@ -379,6 +380,35 @@ class Video:
                     self._decoders.move_to_end(path)
                     words[self._decoders[path]] = None
         return "; ".join(words)
+
+    @staticmethod
+    def named(choice: str) -> bool:
+        """Whether a choice is hardware by name, which nothing may replace."""
+        return choice not in ("auto", "software")
+
+    def check(self, *, decodes: bool, encodes: bool) -> None:
+        """Try hardware that is asked for by name on a clip of its own: whether it works here at all, told before the work.
+
+        Args:
+            decodes, encodes: what there will be to do.
+
+        Raises:
+            BackendUnavailable: it does not work.
+        """
+        from lp_edge.runtime.media_write import open_writer  # it imports this module
+
+        trial = Video(self.config, device=self.device)  # what it decodes is no clip of a run
+        side, name = 256, "a test clip.mp4"  # NVENC takes no pictures below about 145x49
+        if encodes and self.named(self.config.encoder):
+            trial.encode(Path(name), (side, side), Fraction(25), None, software="libx264")
+        if decodes and self.named(self.config.decoder):
+            with tempfile.TemporaryDirectory(prefix="lp-edge-") as folder:
+                path = Path(folder) / name
+                with open_writer(path, (side, side), 25) as writer:
+                    for level in range(0, 240, 20):
+                        writer.write(np.full((side, side, 3), level, np.uint8))
+                with VideoReader(path, video=trial) as reader:
+                    next(iter(reader))
 
     def _untried(self, choice: str) -> bool:
         return choice == "software" or (choice == "auto" and not self._accelerated)
@@ -452,7 +482,7 @@ class Video:
 
     def refuse_hardware(self, path: Path) -> None:
         """Raise ConfigError where an encoder of hardware is asked for by name, for an output that is no H.264."""
-        if self.config.encoder not in ("auto", "software"):
+        if self.named(self.config.encoder):
             raise ConfigError(
                 f"the encoder {self.config.encoder} for {path.name}",
                 "expected H.264 (.mp4, .m4v, .mov, .mkv), which is all that hardware encodes here",

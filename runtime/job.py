@@ -324,7 +324,7 @@ def run_job(
             family, video = animator.family, animator.video
     except KeyboardInterrupt as stop:
         raise Interrupted("the run was stopped", "nothing was written", "") from stop
-    counts = dict(animation.counts)
+    counts, decoder = dict(animation.counts), video.decoder_of(_files(config))
     return RunResult(
         output=output,
         motion=motion_path,
@@ -338,9 +338,9 @@ def run_job(
         backend=family.backend,
         pixels="device" if family.resident else "host",
         batch_size=animation.batches.size,
-        decoder=video.decoder_of(_files(config)),
+        decoder=decoder,
         encoder=writer.encoder,
-        warnings=(*warnings, *_face_warnings(counts)),
+        warnings=(*warnings, *_idle_decoder(video, decoder), *_face_warnings(counts)),
     )
 
 
@@ -617,6 +617,12 @@ class _Recorder:
         """Remove what was saved, because the run failed after it."""
         if self._saved:
             self._path.unlink(missing_ok=True)
+
+
+def _idle_decoder(video: Video, decoder: str) -> Iterator[str]:
+    """A decoder by name, and no clip that it could have decoded."""
+    if not decoder and video.named(video.config.decoder):
+        yield f"nothing was decoded; --decoder {video.config.decoder} had no effect"
 
 
 def _face_warnings(counts: Mapping[str, int]) -> Iterator[str]:

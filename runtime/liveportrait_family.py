@@ -147,8 +147,8 @@ class LivePortraitFamily(Family[LivePortraitPortrait]):
         self._networks, self._landmarks, self._canonical = networks, landmarks, canonical
         self._pixels, self._animal = pixels, animal
         self.backend, self.max_batch = networks.warp_decode.backend, networks.warp_decode.max_batch
-        self.resident = pixels.resident
-        self.mixes_portraits = networks.warp_decode.resident  # on a CPU a batch is no faster than its rows
+        self.resident, self.accelerated = pixels.resident, networks.warp_decode.resident
+        self.mixes_portraits = self.accelerated  # on a CPU a batch is no faster than its rows
         inputs = networks.warp_decode.inputs
         self._carried = [n for n in networks.appearance.outputs if n in inputs]
 

@@ -56,7 +56,7 @@ from lp_edge.runtime.image import (
 )
 from lp_edge.runtime.media_read import no_clip, open_container
 
-__all__ = ["OUTPUT_SUFFIXES", "FrameWriter", "OutputKind", "check_output", "open_writer"]
+__all__ = ["H264_SUFFIXES", "OUTPUT_SUFFIXES", "FrameWriter", "OutputKind", "check_output", "open_writer"]
 
 U8 = npt.NDArray[np.uint8]
 OutputKind = Literal["video", "gif", "picture", "folder"]
@@ -67,6 +67,9 @@ _PICTURE = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 OUTPUT_SUFFIXES = (*_VIDEO, ".gif", *_PICTURE)
 """Suffixes that can be written; no suffix means a folder of PNG frames."""
+
+H264_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")
+"""Those of H.264, which hardware encodes."""
 
 _COPIED_AUDIO = {
     "mp4": {"aac", "mp3", "ac3", "eac3", "alac"},

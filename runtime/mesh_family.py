@@ -143,6 +143,7 @@ class MeshFamily(Family[MeshPortrait]):
     ) -> None:
         self._warp, self._pixels = warp, pixels
         self.backend, self.max_batch, self.resident = warp.backend, warp.max_batch, pixels.resident
+        self.accelerated = warp.resident
         self.canonical, self._template_map = canonical, template_map
 
     def measure(self, frame: U8, points: F32, options: AnimateOptions, *, clip: bool) -> F32:

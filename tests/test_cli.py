@@ -929,6 +929,9 @@ def test_export_needs_a_known_family(call: Call) -> None:
         (("--family", "liveportrait", "--offline", "--endpoint", "u"), "--offline together with --endpoint"),
         (("--family", "liveportrait", "--variant", "robot"), "robot"),
         (("--family", "liveportrait", "--flavor", "vanilla"), "vanilla"),
+        (("--quantize", "b", "--fp16"), "and the fp32 one of the same weights as --reference"),
+        (("--quantize", "b", "--flavor", "tensorrt8"), "flavour and fp16 are those of the bundle"),
+        (("--quantize", "b", "--calibration-frames", "0"), "'--calibration-frames': 0 is not"),
     ],
 )
 def test_export_refuses_options_that_do_not_go_together(

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from lp_edge import cli
+from lp_edge.engines.backends import BackendConfig
+from lp_edge.errors import EngineError
 from lp_edge.runtime import doctor, roofline
+from lp_edge.runtime.bench_compare import runner_side
 from lp_edge.runtime.image import write_image
 from lp_edge.runtime.media_write import open_writer
 
@@ -89,7 +94,10 @@ def test_without_onnx_the_columns_are_left_out(
     assert "GFLOP" not in out and "lp-edge[export]" in out
     code, out, err = bench("jetson", "--bundle", toy_bundle)
     assert (code, out) == (7, "")
-    assert "counting FLOPs" in err and 'pip install "lp-edge[export]"' in err
+    assert (
+        "counting FLOPs and bytes: lp-bench needs the package onnx" in err
+        and 'pip install "lp-edge[export]"' in err
+    )
 
 
 def test_lines_may_go_to_standard_output(bench: Call, toy_bundle: Path) -> None:
@@ -131,6 +139,67 @@ def test_compare_names_its_sides(bench: Call, toy_bundle: Path, liveportrait_bun
     assert code == 0 and "cpu toy_bundle" in out and "cpu liveportrait_bundle" in out
 
 
+def test_a_bundle_of_another_family_is_not_compared_with_pytorch(
+    bench: Call, toy_bundle: Path, liveportrait_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = runner_side(liveportrait_bundle, BackendConfig("cpu", threads=1), "torch eager")
+    side = replace(whole, networks=("warp_decode", "stitching"))
+    exporter = SimpleNamespace(open_torch_side=lambda *_, **__: side)
+    monkeypatch.setattr(cli, "_exporter", lambda *_: exporter)
+    words = ("--b", "torch-eager", "--weights", tmp_path, "--rounds", 2, "--warmup", 0)
+    code, out, err = bench("compare", *toy(toy_bundle), *words)
+    assert (code, out) == (2, ""), err
+    assert "of the family mesh, torch eager of the family liveportrait" in err
+    assert "lp-export --family liveportrait" in err
+    code, out, err = bench("compare", *toy(liveportrait_bundle), *words, "--network", "stitching")
+    assert (code, err) == (0, "") and "torch eager" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [
+        (("--network", "nosuch"), 2),
+        (("--network", "face_mesh", "--batch", "0"), 2),
+        (("--markdown", "no/such.md"), 8),
+    ],
+    ids=str,
+)
+def test_a_run_that_is_refused_leaves_the_files(
+    bench: Call, toy_bundle: Path, args: tuple[str, ...], code: int
+) -> None:
+    Path("keep.jsonl").write_text("old\n")
+    got, _, err = bench("networks", *toy(toy_bundle), "--json", "keep.jsonl", *args)
+    assert got == code and "until then" not in err
+    assert Path("keep.jsonl").read_text() == "old\n" and not Path("keep.jsonl.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [(KeyboardInterrupt(), 130), (EngineError("broken", "", ""), 6)], ids=["stop", "failure"]
+)
+def test_a_run_that_ends_early_says_where_its_records_are(
+    end: BaseException, code: int, bench: Call, toy_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before: list[dict[str, Any]] = []
+
+    def measured(*_: Any, **__: Any) -> Iterator[dict[str, Any]]:
+        yield from before
+        raise end
+
+    monkeypatch.setattr("lp_edge.runtime.bench_networks.bench_networks", measured)
+    Path("n.jsonl").write_text("old\n")
+    got, _, err = bench("networks", *toy(toy_bundle), "--json", "n.jsonl", "--markdown", "n.md")
+    assert got == code and "until then" not in err
+    assert sorted(f.name for f in Path().iterdir() if f.is_file()) == ["n.jsonl"]
+    before += [{"a": 1}, {"a": 2}]
+    got, _, err = bench("networks", *toy(toy_bundle), "--json", "n.jsonl", "--markdown", "n.md")
+    assert got == code and "nothing was written" not in err
+    assert f"2 records measured until then: in {Path('n.jsonl.partial').resolve()}" in err
+    assert Path("n.jsonl").read_text() == "old\n" and records("n.jsonl.partial") == before
+    got, out, err = bench("networks", *toy(toy_bundle), "--json", "-")
+    assert got == code and "2 records measured until then: on standard output" in err
+    assert out.count("\n") == 2 and "nothing was written" not in err
+
+
 def test_soak_passes_or_exits_with_1(
     bench: Call, toy_bundle: Path, inputs: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,6 +219,7 @@ def test_soak_passes_or_exits_with_1(
     given = ("soak", *inputs, *toy(toy_bundle), "--frames", 20, "--samples", 10)
     code, out, _ = bench(*given)
     assert code == 0 and "Level." in out
+    assert "memory of the process +0 MiB, memory of the GPU not known, threads +0, open files" in out
     code, out, _ = bench(*given[:-1], 20)
     assert code == 1 and "NOT level" in out
 
@@ -175,12 +245,15 @@ def test_on_a_jetson_it_is_measured(bench: Call, toy_bundle: Path, monkeypatch: 
     ("args", "code", "words"),
     [
         (("networks", "--batch", "1,x"), 2, "no list of whole numbers"),
-        (("networks", "--batch", "0"), 2, "batches"),
+        (("networks", "--batch", "0,2"), 2, "--batch 0,2; expected 1 to 256"),
+        (("networks", "--seconds", "0"), 2, "--seconds 0; expected more than 0"),
+        (("networks", "--markdown", "-"), 2, "'--markdown': a file is expected"),
         (("networks", "--network", "magic"), 2, "no network magic"),
         (("pipeline", "--batch", "fast"), 2, "whole numbers or auto"),
         (("compare", "--b", "torch-eager"), 2, "without --weights"),
         (("compare", "--b", "magic"), 2, "unknown backend"),
-        (("soak", "--frames", "3"), 2, "frames 3"),
+        (("soak", "--frames", "3"), 2, "--frames 3; expected 20"),
+        (("soak", "--samples", "1"), 2, "--samples 1; expected 10 to 10000"),
         (("networks", "--json", "no/such/file"), 8, "does not exist"),
     ],
     ids=str,

@@ -170,6 +170,7 @@ def test_without_tensorrt_or_a_gpu_nothing_is_begun(
         sentence, remedy = result.stderr.splitlines()
         assert "engines cannot be built here" in sentence and "without --engines" in remedy
         assert ("tensorrt cannot be imported" if lacking == "tensorrt" else "NVIDIA") in result.stderr
+        assert "cuda or cpu" not in remedy and "--backend" not in remedy, "lp-export has no such option"
     assert not (tmp_path / "out").exists()
     assert open_bundle(toy_bundle).manifest.engines == ()
 
@@ -312,8 +313,8 @@ def test_graphs_outside_of_the_bundle_get_engines_in_the_cache(
         (("--engines", "b", "--fp16"), "--fp16 means nothing with --engines"),
         (("--family", "mesh", "-o", "b", "--max-batch", 4), "--max-batch without --engines"),
         (("--family", "mesh", "--engines"), "ships with lp-edge"),
-        (("--engines", "b", "--max-batch", -1), "max_batch is -1"),
-        (("--engines", "b", "--optimization-level", 9), "optimization_level is 9"),
+        (("--engines", "b", "--max-batch", 0), "'--max-batch': 0 is not in the range"),
+        (("--engines", "b", "--optimization-level", 9), "'--optimization-level': 9 is not in the range"),
         (("--verify", "b", "--device", 1), "--device means nothing with --verify"),
     ],
 )
@@ -330,10 +331,13 @@ def test_an_option_that_this_tensorrt_has_not(machine: Machine, toy_bundle: Path
     assert result.exit_code == 2 and "TensorRT 8.5" in result.stderr
 
 
-def test_a_folder_that_is_no_bundle(machine: Machine, tmp_path: Path) -> None:
-    machine()
+def test_a_folder_that_is_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told where there is no TensorRT, too: it is not what is wrong with the command."""
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
     result = export("--engines", tmp_path)
     assert result.exit_code == 5 and "manifest.json" in result.stderr
+    result = export("--engines", tmp_path / "nosuch")
+    assert result.exit_code == 5 and "nosuch" in result.stderr and "TensorRT" not in result.stderr
 
 
 def test_progress_is_a_bar_per_network_on_a_terminal(

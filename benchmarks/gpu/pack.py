@@ -267,6 +267,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not 0.001 <= options.piece_mb <= 10_000:
         parser.error("--piece-mb: expected 0.001 to 10000")
+    if lost := [path for path in options.bundle if not path.is_dir()]:
+        parser.error(f"--bundle {lost[0]}: there is no such folder")
+    if lost := [path for path in options.include if not path.is_file()]:
+        parser.error(f"--include {lost[0]}: there is no such file")
     for name in options.sets:
         with tempfile.TemporaryDirectory(prefix="lp-pack-") as folder:
             root = Path(folder)

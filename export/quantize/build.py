@@ -152,7 +152,19 @@ def _check_target(config: QuantizeConfig, flavor: str, half: bool) -> None:
         raise ConfigError(
             f"{config.precision}{' with fp16' if half else ''} in the flavour tensorrt8",
             "expected int8 with fp32: fp8, and Q/DQ nodes in half precision, need opset 19, which TensorRT 8 does not read",
-            "export the flavour main for TensorRT 10 and newer, or leave --fp16 out",
+            "export the flavour main for TensorRT 10 and newer, or take int8 with fp32",
+        )
+
+
+def _check_apart(output: Path, role: str, read: Path) -> None:
+    """Refuse to write over what is read: the fp32 weights would be gone for good."""
+    here, there = output.resolve(), read.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        where = "is" if here == there else "lies in" if there in here.parents else "holds"
+        raise ConfigError(
+            f"the output {output} {where} the bundle of {role}, {read}",
+            "expected another folder: that bundle is read and kept",
+            "give another --output",
         )
 
 
@@ -189,13 +201,16 @@ def quantise(
         As an export does. The bundle's files ``quality.json``, ``quality.md`` and the pair of pictures have the comparison.
 
     Raises:
-        ConfigError: options or files that do not go together.
+        ConfigError: options or files that do not go together, or ``output`` is, holds or lies in a bundle that is read.
         BundleError: a bundle is not intact, or of the wrong kind.
         NoFaceError: no face in the frames.
         ExportError: the quality is below the bound. The report is then in the folder ``OUTPUT.quality``, and no bundle is
             written.
     """
     start = time.perf_counter()
+    for role, read in (("--quantize", base), ("--reference", reference)):
+        if read is not None:
+            _check_apart(output, role, read)
     bundle = _bundle(base, ("fp32", "fp16"))
     truth = bundle if reference is None else _bundle(reference, ("fp32",))
     entry = bundle.network(names.WARP_DECODE)
@@ -220,8 +235,6 @@ def quantise(
     _writer(bundle, output).abort()
 
     with Laboratory(bundle.path_of(names.WARP_DECODE), output.absolute().parent) as laboratory:
-        report("looking for faces in the calibration frames")
-        seen = list(shots(bundle, pairs, "calibration", draw=False))
         candidates = convolutions(laboratory.model)
         choice = _Choice(candidates)
         for name in convolutions(laboratory.model, ends=True):
@@ -229,6 +242,14 @@ def quantise(
                 choice.floating[name] = "reads the features or draws the pixels"
         if not candidates:
             raise ExportError("the graph has no convolution to quantise", "expected some", "report this")
+        if config.keep_float is not None and config.keep_float >= len(candidates):
+            raise ConfigError(
+                f"keep_float is {config.keep_float} of {len(candidates)} convolutions",
+                "expected to quantise at least one",
+                f"give --keep-float {len(candidates) - 1} at most",
+            )
+        report("looking for faces in the calibration frames")
+        seen = list(shots(bundle, pairs, "calibration", draw=False))
         report(f"measuring activations of {len(candidates)} convolutions on {len(seen)} frames")
         activations = laboratory.activations(
             laboratory.tensors(candidates), [shot.feeds for shot in seen], tick
@@ -389,12 +410,6 @@ def _choose(
     """Take convolutions out of the choice: a fixed number, or as few as the bound needs; judged on a calibration frame."""
     if config.keep_float == 0:
         return
-    if config.keep_float is not None and config.keep_float >= len(choice.chosen):
-        raise ConfigError(
-            f"keep_float is {config.keep_float} of {len(choice.chosen)} convolutions",
-            "expected to quantise at least one",
-            "lower --keep-float",
-        )
     feeds = [seen[len(seen) // 2].feeds]
     wanted = laboratory.images(laboratory.model, feeds)
 

@@ -18,7 +18,9 @@ import pytest
 
 import lp_edge
 from lp_edge.engines.backends import BackendConfig
+from lp_edge.runtime.bench import default_inputs
 from lp_edge.runtime.image import write_image
+from lp_edge.runtime.media_read import probe
 from lp_edge.runtime.media_write import open_writer
 from lp_edge.runtime.roofline import Peaks
 
@@ -227,6 +229,18 @@ def test_the_share_of_the_peak_needs_neither_batch_1_nor_onnx(
     assert judged(run, "roofline", bundle=str(liveportrait_bundle)) == [("61.7% at batch 4", True)]
 
 
+def test_a_bundle_of_another_family_is_not_set_against_pytorch(run: ModuleType, toy_bundle: Path) -> None:
+    ((got, passed),) = judged(run, "compare", bundle=str(toy_bundle), weights="W")
+    assert "the bundle is of the family mesh" in got and passed is None
+
+
+def test_the_default_clip_reaches_the_frames_of_the_pipeline(run: ModuleType, tmp_path: Path) -> None:
+    _, driver = default_inputs(tmp_path, "x.png", None)
+    settings = run.Settings("cpu")
+    assert settings.warmup < settings.clip <= (probe(Path(driver)).frames or 0)
+    assert settings.clip % max(settings.batches) == settings.warmup % max(settings.batches) == 0
+
+
 def test_the_pipeline_is_judged_at_the_batch_that_it_found(
     run: ModuleType, liveportrait_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,17 +254,21 @@ def test_the_pipeline_is_judged_at_the_batch_that_it_found(
                 outside = shares[batch]
                 yield {
                     "bench": "pipeline", "pixels": place, "batch": batch or "auto", "batch_size": batch or found,
-                    "outside": outside, "device_busy": 1 - outside, "gpu": None,
+                    "outside": outside, "device_busy": 1 - outside, "gpu": seen,
                 }  # fmt: skip
 
     monkeypatch.setattr(run, "bench_pipeline", bench)
     monkeypatch.setattr(run, "pipeline_table", lambda records: [])
     found: int | None = 4
+    seen: dict[str, float] | None = None
     assert judged(run, "pipeline") == [("10.0%", True), ("90.0%", True)]
     assert asked[-1] == ("auto", 4) and len(asked) == 5
+    seen = {"utilization.gpu": 95.0}
+    assert judged(run, "pipeline")[1] == ("95.0% (networks 90.0%, nvidia-smi 95.0%)", True)
+    seen, asked[:] = None, []
     found = 1
     assert [passed for _, passed in judged(run, "pipeline")] == [False, False]
-    assert len(asked) == 9
+    assert len(asked) == 4
     found = None
     assert [passed for _, passed in judged(run, "pipeline")] == [None, None]
 
@@ -376,6 +394,17 @@ def test_damaged_pieces_are_refused(pack: ModuleType, tmp_path: Path, how: str) 
 def test_unpacking_says_how_it_is_called() -> None:
     done = subprocess.run(["sh", str(FOLDER / "unpack.sh")], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "expected TARGET" in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--bundle", "--include"])
+def test_what_is_not_there_cannot_be_packed(
+    pack: ModuleType, tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        pack.main(["--out", str(tmp_path / "packs"), option, str(tmp_path / "nosuch"), "project"])
+    assert stop.value.code == 2
+    assert f"{option} {tmp_path / 'nosuch'}: there is no such" in capsys.readouterr().err
+    assert not (tmp_path / "packs").exists()
 
 
 @needs_xz

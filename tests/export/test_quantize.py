@@ -320,10 +320,44 @@ def test_a_fixed_number_stays_in_floating_point(
         why for why in report["convolutions"]["float"].values() if why.startswith("alone it costs most")
     ]
     assert len(reasons) == 2
-    with pytest.raises(ConfigError, match="keep_float is 3 of 3"):
-        quantise(
-            bundles["fp32"], tmp_path / "x", config=QuantizeConfig(**QUICK, keep_float=3), calibration=[faces]
-        )
+
+
+def test_too_many_in_floating_point_are_refused_before_the_calibration(
+    bundles: dict[str, Path], faces: Path, tmp_path: Path
+) -> None:
+    lines: list[str] = []
+    config = QuantizeConfig(**QUICK, keep_float=3)
+    with pytest.raises(ConfigError, match="keep_float is 3 of 3") as refused:
+        quantise(bundles["fp32"], tmp_path / "x", config=config, calibration=[faces], report=lines.append)
+    assert lines == [] and "--keep-float 2" in refused.value.remedy
+    assert not (tmp_path / "x").exists() and not list(tmp_path.glob(".quantise-*"))
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("fp16", "is the bundle of --quantize"),
+        ("link", "is the bundle of --quantize"),
+        ("fp32", "is the bundle of --reference"),
+        ("fp32/deeper", "lies in the bundle of --reference"),
+        (".", "holds the bundle of --quantize"),
+    ],
+)
+def test_a_bundle_that_is_read_is_never_written_over(
+    output: str,
+    words: str,
+    bundles: dict[str, Path],
+    faces: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "link").symlink_to(bundles["fp16"])
+    monkeypatch.setattr(quantize, "plan", None)  # no work is begun
+    before = {name: (folder / "manifest.json").read_bytes() for name, folder in bundles.items()}
+    args = ("--quantize", bundles["fp16"], "--reference", bundles["fp32"], "--calibration", faces)
+    refused = export(*args, "-o", tmp_path / output)
+    assert refused.exit_code == 2 and words in refused.stderr and "--output" in refused.stderr
+    assert {name: (folder / "manifest.json").read_bytes() for name, folder in bundles.items()} == before
 
 
 def test_as_few_as_the_bound_needs(bundles: dict[str, Path], faces: Path, tmp_path: Path) -> None:
@@ -419,17 +453,17 @@ def test_the_command_hands_everything_on(
         (("--family", "liveportrait", "--precision", "int8"), "int8 without --calibration"),
         (("--quantize", "b"), "int8 without --calibration"),
         (("--quantize", "b", "--precision", "fp16", "--calibration", "."), "--quantize with --precision fp16"),
-        (("--quantize", "b", "--fp16", "--calibration", "."), "--fp16 means nothing with --quantize"),
+        (("--quantize", "b", "--fp16", "--calibration", "."), "fp32 one of the same weights as --reference"),
         (("--quantize", "b", "--verify", "b"), "--verify together with --quantize"),
         (("--family", "liveportrait", "--precision", "fp32", "--fp16"), "--precision fp32 together with --fp16"),
         (("--family", "liveportrait", "--keep-float", 2), "--keep-float without 8 bits"),
         (("--family", "liveportrait", "--calibration", "."), "--calibration without 8 bits"),
         (("--family", "mesh", "--precision", "int8"), "--precision means nothing with --family mesh"),
-        (("--quantize", "b", "--calibration", ".", "--held-out-frames", 0), "held_out_frames is 0"),
-        (("--quantize", "b", "--calibration", ".", "--min-psnr", 200), "min_psnr is 200"),
-        (("--quantize", "b", "--calibration", ".", "--keep-float", -1), "keep_float is -1"),
+        (("--quantize", "b", "--calibration", ".", "--held-out-frames", 0), "'--held-out-frames': 0 is not"),
+        (("--quantize", "b", "--calibration", ".", "--min-psnr", 200), "'--min-psnr': 200.0 is not"),
+        (("--quantize", "b", "--calibration", ".", "--keep-float", -1), "'--keep-float': -1 is not"),
         (("--quantize", "b", "--calibration", ".", "--precision", "fp8", "--calibration-method", "entropy"), "entropy with fp8"),
-        (("--family", "liveportrait", "--precision", "fp8", "--flavor", "tensorrt8", "--calibration", "."), "fp8 in the flavour tensorrt8"),
+        (("--family", "liveportrait", "--precision", "fp8", "--flavor", "tensorrt8", "--calibration", "."), "or take int8 with fp32"),
         (("--family", "liveportrait", "--precision", "int8", "--fp16", "--flavor", "tensorrt8", "--calibration", "."), "int8 with fp16 in the flavour"),
     ],
 )  # fmt: skip

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from lp_edge.engines.runner import Array, Runner, TensorSpec, to_host
 from lp_edge.errors import ConfigError, OutputError
 from lp_edge.runtime import bench as bench_module
 from lp_edge.runtime import bench_networks as networks_module
+from lp_edge.runtime import bench_pipeline as pipeline_module
 from lp_edge.runtime import bench_soak as soak_module
 from lp_edge.runtime.bench_calls import GpuSampler, feeds_of, origin_of, shapes_of, time_calls, time_record
 from lp_edge.runtime.bench_compare import (
@@ -35,7 +38,7 @@ from lp_edge.runtime.bench_compare import (
 from lp_edge.runtime.bench_jetson import estimate_jetson, jetson_table
 from lp_edge.runtime.bench_networks import bench_networks, networks_table
 from lp_edge.runtime.bench_pipeline import CallRecorder, bench_pipeline, pipeline_table
-from lp_edge.runtime.bench_report import Table, lines_to, write_markdown
+from lp_edge.runtime.bench_report import Table, lines_to, partial_of, write_markdown
 from lp_edge.runtime.bench_soak import bench_soak, growth, soak_table
 from lp_edge.runtime.image import write_image
 from lp_edge.runtime.media_write import open_writer
@@ -286,9 +289,9 @@ def test_a_batch_that_an_engine_does_not_take_is_told(
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"batches": ()}, "batches"),
-        ({"batches": (0,)}, "batches"),
-        ({"seconds": 0}, "seconds 0"),
+        ({"batches": ()}, "--batch empty"),
+        ({"batches": (0,)}, "--batch 0; expected 1 to 256"),
+        ({"seconds": 0}, "--seconds 0"),
         ({"networks": ["magic"]}, "no network magic"),
     ],
 )
@@ -327,7 +330,11 @@ def test_a_pipeline_tells_stages_networks_and_the_rest(
         ]
         assert "warp_decode" in {r["network"] for r in calls}
         assert whole["networks_ms"] == pytest.approx(sum(r["frame_ms"] for r in calls), abs=0.01)
-        assert whole["outside"] == pytest.approx(whole["frame_ms"] / whole["networks_ms"] - 1, abs=0.01)
+        outside = whole["frame_ms"] / whole["networks_ms"] - 1
+        if whole["outside"] is None:  # calls overlap on a host
+            assert outside < 0.01
+        else:
+            assert whole["outside"] == pytest.approx(outside, abs=0.01) and whole["outside"] >= 0
         assert 0 < whole["engine_busy"] <= 1 and 0 < whole["device_busy"] <= 1
         assert whole["frames"] == 8 and whole["resident"] is False
         assert whole["config"]["pixels"] == "host"
@@ -335,6 +342,36 @@ def test_a_pipeline_tells_stages_networks_and_the_rest(
     assert max(r["rows"] for r in drawn) == 2
     tables = pipeline_table(records)
     assert [len(t.rows) > 0 for t in tables] == [True] * 3 and "engine busy" in tables[2].notes[0]
+
+
+@pytest.mark.parametrize(("resident", "told"), [(False, None), (True, -0.5)])
+def test_calls_that_overlap_on_a_host_tell_nothing_of_the_rest(
+    resident: bool, told: float | None, toy_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def animation(*_: Any, observer: Any, **__: Any) -> Iterator[dict[str, Any]]:
+        recorder: CallRecorder = observer._recorder
+        recorder.frames, recorder.seconds, recorder.resident = 10, 0.1, resident
+        call = {"network": "face_mesh", "rows": 1, "calls": 1.0, "ms": 20.0, "frame_ms": 20.0}
+        recorder.networks.append(call)
+        yield {"stage": "end_to_end", "fps": 100.0, "p99_ms": 10.0, "batch_size": None, "peak_memory_mib": 1.0, "provenance": {}}  # fmt: skip
+
+    monkeypatch.setattr(pipeline_module, "bench_animation", animation)
+    _, whole = records = list(bench_pipeline(bundle=toy_bundle, backend=CPU))
+    assert (whole["frame_ms"], whole["networks_ms"], whole["outside"]) == (10.0, 20.0, told)
+    *_, table = pipeline_table(records)
+    assert table.cells()[0][1] == "auto: not found yet" and "None" not in table.markdown()
+    assert any("--batch N" in note for note in table.notes)
+
+
+def test_fewer_frames_than_asked_for_are_refused(
+    liveportrait_bundle: Path, source: Path, driving: Path
+) -> None:
+    given = {"bundle": liveportrait_bundle, "backend": CPU, "warmup": 2}
+    with pytest.raises(ConfigError, match="the run has 12 frames; expected 20") as refused:
+        list(bench_module.bench_animation(source, driving, limit=20, **given))
+    assert "12 at most" in refused.value.remedy
+    *_, whole = bench_module.bench_animation(source, driving, limit=12, **given)
+    assert whole["frames"] == 10
 
 
 def test_nothing_is_counted_after_the_last_frame(
@@ -466,6 +503,22 @@ def test_sides_without_a_network_in_common_are_refused() -> None:
         list(bench_compare(a, [b], rounds=1))
 
 
+def test_networks_of_two_families_are_not_compared() -> None:
+    log: list[str] = []
+    mesh = Side("ours", ("face_mesh", "warp_decode"), timed("a", [1.0], log).open, {}, "mesh")
+    torch = Side("torch", ("warp_decode", "stitching"), timed("b", [1.0], log).open, {}, "liveportrait")
+    other = Side("other", ("face_mesh", "warp_decode"), timed("b", [1.0], log).open, {}, "liveportrait")
+    with pytest.raises(
+        ConfigError, match="ours is of the family mesh, torch of the family liveportrait"
+    ) as told:
+        list(bench_compare(mesh, [other, torch]))
+    assert "--bundle" in told.value.remedy and log == [], "told before the first call"
+    with pytest.raises(ConfigError, match="warp_decode cannot be compared"):
+        list(bench_compare(mesh, [other], networks=["warp_decode"]))
+    assert [r["network"] for r in bench_compare(mesh, [other], rounds=2)] == ["face_mesh"]
+    assert [r["network"] for r in bench_compare(other, [torch], rounds=2)] == ["warp_decode"]
+
+
 # -- soak -------------------------------------------------------------------------------------------------------
 
 
@@ -534,6 +587,18 @@ def test_the_estimate_is_the_roofline_of_the_board(liveportrait_bundle: Path) ->
     assert "nothing here was measured" in table.notes[0]
 
 
+def test_figures_of_the_estimate_are_plain(toy_bundle: Path) -> None:
+    class Little:
+        products: Mapping[str, int] = {"float32": 10**6}
+        flops = 10**6
+        fused_bytes = 10**7
+
+    board = Board("B", (1e13, 1e13), 1e13, (1e11, 1e11))
+    table = jetson_table(list(estimate_jetson(lambda path, shapes: Little(), toy_bundle, boards=(board,))))
+    assert table.rows[0][-2] == "10 000" and table.rows[0][-1] == "5 000"
+    assert "below 1 GFLOP, 10 MB" in table.notes[1]
+
+
 @dataclass(frozen=True)
 class Products:
     """Work with these products."""
@@ -582,12 +647,14 @@ def test_a_wide_table_is_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_lines_are_written_as_they_come(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "r.jsonl"
+    path, partial = tmp_path / "r.jsonl", tmp_path / "r.jsonl.partial"
+    path.write_text("old\n")
     with lines_to(path) as write:
         write({"a": 1})
-        assert path.read_text() == '{"a": 1}\n'
+        assert (path.read_text(), partial.read_text()) == ("old\n", '{"a": 1}\n')
         write({"b": None})
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"a": 1}, {"b": None}]
+    assert not partial.exists()
     with lines_to(Path("-")) as write:
         write({"a": 1})
     with lines_to(None) as write:
@@ -597,3 +664,53 @@ def test_lines_are_written_as_they_come(tmp_path: Path, capsys: pytest.CaptureFi
         pass
     with pytest.raises(OutputError, match="does not exist"):
         write_markdown(tmp_path / "no" / "t.md", [])
+    with pytest.raises(OutputError, match="cannot be written"), lines_to(tmp_path):
+        pass
+
+
+def test_a_run_that_fails_leaves_the_file_and_keeps_its_records_beside(tmp_path: Path) -> None:
+    path, partial = tmp_path / "r.jsonl", partial_of(tmp_path / "r.jsonl")
+    path.write_text("old\n")
+    with pytest.raises(BrokenPipeError), lines_to(path):
+        raise BrokenPipeError  # no matter of this file: not told as one
+    assert path.read_text() == "old\n" and not partial.exists()
+    with pytest.raises(KeyboardInterrupt), lines_to(path) as write:
+        write({"a": 1})
+        raise KeyboardInterrupt
+    assert (path.read_text(), partial.read_text()) == ("old\n", '{"a": 1}\n')
+    with pytest.raises(ConfigError), lines_to(path):
+        raise ConfigError("nothing", "", "")
+    assert partial.read_text() == '{"a": 1}\n', "nothing took its place"
+    (tmp_path / "link").symlink_to(path)
+    with lines_to(tmp_path / "link") as write:
+        write({"a": 2})
+    assert (tmp_path / "link").is_symlink() and path.read_text() == '{"a": 2}\n' and not partial.exists()
+
+
+def test_a_pipe_is_written_directly(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    got: list[str] = []
+    reader = threading.Thread(target=lambda: got.append(path.read_text()))
+    reader.start()
+    with lines_to(path) as write:
+        write({"a": 1})
+    reader.join(10)
+    assert got == ['{"a": 1}\n'] and sorted(f.name for f in tmp_path.iterdir()) == ["pipe"]
+
+
+def test_tables_take_the_place_of_a_file_when_they_are_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "t.md"
+    path.write_text("old")
+
+    def full(self: Path, *given: object, **how: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(OutputError, match="No space left"):
+        patched.setattr(Path, "write_text", full)
+        write_markdown(path, [Table("T", ["a"])])
+    assert path.read_text() == "old" and [f.name for f in tmp_path.iterdir()] == ["t.md"]
+    write_markdown(path, [Table("T", ["a"])])
+    assert path.read_text().startswith("### T")

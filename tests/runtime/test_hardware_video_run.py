@@ -113,6 +113,7 @@ def test_auto_wants_frames_on_the_device(
     def opened(*arguments: Any) -> Any:
         family = real(*arguments)
         monkeypatch.setattr(family, "resident", resident)
+        monkeypatch.setattr(family, "accelerated", True)
         return family
 
     monkeypatch.setattr(animator, "open_family", opened)
@@ -126,6 +127,50 @@ def test_auto_wants_frames_on_the_device(
     else:
         assert (result.decoder, result.encoder) == ("software", "software (libx264)")
         assert used == {}
+
+
+@pytest.mark.parametrize("family", ["toy_bundle", "liveportrait_bundle"])
+def test_on_a_cpu_nothing_is_tried_where_pixels_are_graphs_either(
+    family: str, nvcodec: World, face: Path, clip: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    bundle = request.getfixturevalue(family)
+    config = RunConfig(face, clip, tmp_path / "r.mp4", bundle=bundle, backend=replace(CPU, pixels="device"))
+    result = run_job(config)
+    assert (result.pixels, result.decoder, result.encoder) == ("device", "software", "software (libx264)")
+    assert nvcodec.asked == []
+
+
+def test_a_decoder_that_is_named_in_vain_is_told(
+    nvcodec: World, face: Path, clip: Path, toy_bundle: Path, tmp_path: Path
+) -> None:
+    base = RunConfig(face, face, bundle=toy_bundle, backend=CPU)
+    words = "nothing was decoded; --decoder nvidia had no effect"
+    for driving, choice, told in ((face, "nvidia", True), (clip, "nvidia", False), (face, "software", False)):
+        output = tmp_path / f"r.{'png' if driving == face else 'mp4'}"
+        config = replace(base, driving=driving, output=output, video=VideoConfig(choice))
+        assert (words in run_job(config).warnings) is told
+
+
+@pytest.mark.parametrize(
+    ("video", "verb"),
+    [(VideoConfig(encoder="gstreamer"), "encode"), (VideoConfig(decoder="gstreamer"), "decode")],
+)
+def test_a_batch_tries_what_is_named_before_its_first_job(
+    video: VideoConfig, verb: str, face: Path, clip: Path, toy_bundle: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    inputs = tmp_path / "in"
+    inputs.mkdir()
+    for name in "ab":
+        shutil.copy(face, inputs / f"{name}.png")
+    base = RunConfig("", clip, bundle=toy_bundle, backend=CPU, video=video)
+    begun: list[Any] = []
+    with pytest.raises(BackendUnavailable, match=f"gstreamer does not {verb} a test clip.mp4 here"):
+        run_batch(jobs_of_sources([inputs], base, tmp_path / "out"), tmp_path / "out", progress=begun.append)
+    assert begun == [] and not (tmp_path / "out").exists()
+    still = replace(base, driving=face, video=VideoConfig("gstreamer"))  # nothing to decode
+    assert run_batch(jobs_of_sources([inputs], still, tmp_path / "out"), tmp_path / "out").exit_code == 0
 
 
 def test_the_video_of_a_given_animator_counts(
@@ -218,7 +263,9 @@ def test_a_batch_decodes_and_encodes_as_its_first_job_says(
     assert [(r.decoder, r.encoder) for r in results] == [(NVDEC, "NVENC through PyNvVideoCodec")] * (
         1 + shared
     )
-    assert sum(a[0] == "decoder" for a in nvcodec.asked) == 1
+    assert (
+        sum(a[0] == "decoder" for a in nvcodec.asked) == 1 + shared
+    )  # once before the first of several jobs
     assert {a[1] for a in nvcodec.asked if a[0] == "decoder"} == {2}
 
 

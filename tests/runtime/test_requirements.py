@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 import lp_edge
 from lp_edge import cli
+from lp_edge.engines import BackendStatus
 from lp_edge.runtime import doctor, requirements
 from lp_edge.runtime.doctor import Gpu, Machine
 from lp_edge.runtime.requirements import Host, Requirement, ask_libraries, examine_requirements, jetpack_of
@@ -458,6 +459,56 @@ def test_console(orin_jp5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = {line.split()[1]: line for line in result.output.splitlines() if len(line.split()) > 2}
     assert lines["TensorRT"].split()[0] == "no" and "docs/jetson.md" in lines["TensorRT"]
     assert lines["driver"].split()[0] == "yes" and lines["swap"].split()[0] == "-"
+
+
+def test_what_an_orin_nano_cannot_have_is_not_missing(
+    nano_jp6: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And ONNX Runtime comes from the index of its JetPack, which is said once and alone."""
+    system = str(nano_jp6 / "usr/lib/python3.10/dist-packages")
+    found = examine_requirements(NANO, host(nano_jp6, (3, 10), packages=(str(nano_jp6 / "venv"), system)))
+    generic = "pip install onnxruntime-gpu, and CUDA"
+    tried = [
+        BackendStatus("cpu", True, "fine", ""),
+        *(
+            BackendStatus(name, False, f"no {name}", generic)
+            for name in ("cuda", "ort-tensorrt", "tensorrt-rtx")
+        ),
+    ]
+    encoder = doctor.VideoStatus("nvv4l2h264enc", "encode", "gstreamer", False, "no /dev/v4l2-nvenc", "apt")
+    report = doctor.Report(
+        (),
+        NANO,
+        doctor.fitting_backends(tried, NANO, found),
+        (),
+        doctor.BundleStatus("b", True, "fine", ""),
+        found,
+        doctor.fitting_video([encoder], NANO),
+    )
+    missing = {entry.what: entry.remedy for entry in report.missing()}
+    assert set(missing) == {"no cuda", "no ort-tensorrt"}
+    assert all("jp6/cu126" in remedy and generic not in remedy for remedy in missing.values())
+    monkeypatch.setattr(doctor, "examine", lambda bundle: report)
+    result = CliRunner().invoke(cli.doctor, [], env={"COLUMNS": "300"})
+    lines = {line.split()[1]: line for line in result.output.splitlines() if len(line.split()) > 2}
+    assert lines["memory"].split()[0] == "warning"
+    assert lines["tensorrt-rtx"].split()[0] == "-" and "GeForce and RTX" in lines["tensorrt-rtx"]
+    assert lines["nvv4l2h264enc"].split()[0] == "-" and "Orin Nano has no NVENC" in lines["nvv4l2h264enc"]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "wanted"),
+    [
+        (Gpu("NVIDIA GeForce RTX 4070", None, "580.1", "8.9"), True),
+        (Gpu("NVIDIA RTX A2000", None, "580.1"), True),
+        (Gpu("NVIDIA GeForce RTX 2080", None, "580.1", "7.5"), False),
+        (Gpu("NVIDIA H200", None, "580.1", "9.0"), False),
+    ],
+)
+def test_tensorrt_rtx_is_for_rtx_cards(gpu: Gpu, wanted: bool) -> None:
+    status = BackendStatus("tensorrt-rtx", False, "not there", "pip install it")
+    (fitted,) = doctor.fitting_backends([status], machine((gpu,), "580.1"), ())
+    assert (fitted.remedy == "pip install it") is wanted
 
 
 # -- the document -------------------------------------------------------------------------------------
