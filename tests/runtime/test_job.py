@@ -331,7 +331,9 @@ def test_a_clip_that_cannot_be_finished_takes_the_motion_with_it(
 # -- configuration -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrong", [{"audio": "loud"}, {"crf": -1}, {"crf": 52}, {"batch_size": 0}, {"batch_size": 65}])
+@pytest.mark.parametrize(
+    "wrong", [{"audio": "loud"}, {"crf": -1}, {"crf": 52}, {"batch_size": 0}, {"batch_size": 65}]
+)
 def test_wrong_settings(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         RunConfig("a", "b", **wrong)  # type: ignore[arg-type]
