@@ -604,6 +604,7 @@ def test_hardware_decodes_uploads_within_the_same_limits(
     def opened(*arguments: Any) -> Any:
         family = real(*arguments)
         monkeypatch.setattr(family, "resident", True)
+        monkeypatch.setattr(family, "accelerated", True)
         return family
 
     monkeypatch.setattr(animator, "open_family", opened)
