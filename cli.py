@@ -8,9 +8,11 @@ Nothing heavy is imported until a command runs, so ``--help`` is instant. Result
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -47,6 +49,7 @@ Exit codes:
     5  bundle incomplete or altered
 """
 
+_ARENA_MAX = -8  # M_ARENA_MAX of glibc's malloc.h
 _PLAIN_EVERY = 5.0  # seconds between two lines of progress where there is no terminal
 
 
@@ -70,6 +73,7 @@ class Guarded(click.Command):
         name = prog_name or self.name or "lp-edge"
         as_json = self.json_errors and "--json" in words
         verbose = "--verbose" in words or "-v" in words
+        _share_arenas()
         try:
             with _terminable():
                 code = super().main(words, name, complete_var, standalone_mode=False, **extra)
@@ -88,6 +92,17 @@ class Guarded(click.Command):
         except Exception as error:  # noqa: BLE001 - the last line of defence: one clear line, never a bare traceback
             sys.exit(_report_error(name, error, as_json, verbose))
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _share_arenas() -> None:
+    """Let all threads allocate from two arenas of the C library.
+
+    It would give new threads arenas of their own, up to eight a core, and every clip has new threads: after 50 clips the process
+    held twice the memory that it used. Frames are large blocks, for which arenas hardly matter.
+    """
+    if "MALLOC_ARENA_MAX" not in os.environ:
+        with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc only
+            ctypes.CDLL(None).mallopt(_ARENA_MAX, 2)
 
 
 class GuardedGroup(Guarded, click.Group):
