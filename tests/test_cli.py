@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import click
@@ -1153,3 +1154,17 @@ def test_the_demo_writes_a_playable_clip(call: Call, work: Path) -> None:
     change = [np.abs(f.astype(int) - source).mean(2) for f in frames]
     assert max(c.max() for c in change) > 60, "the mouth must open"
     assert max(c[:40].mean() for c in change) < 6, "the background must stay"
+
+
+def test_commands_share_two_arenas_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    library = SimpleNamespace(mallopt=lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(cli.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
+    cli._share_arenas()
+    assert asked == []
+    monkeypatch.delenv("MALLOC_ARENA_MAX")
+    cli._share_arenas()
+    assert asked == [(-8, 2)]
+    monkeypatch.setattr(cli.ctypes, "CDLL", lambda name: object())  # a C library without mallopt
+    cli._share_arenas()
