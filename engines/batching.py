@@ -48,13 +48,12 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from types import TracebackType
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from lp_edge.engines.device import DeviceArray, rows
-from lp_edge.engines.runner import Array, Runner, TensorSpec, to_host
+from lp_edge.engines.runner import Array, Runner, TensorSpec, WrappedRunner, to_host
 from lp_edge.errors import ConfigError, EngineError, Interrupted, LpEdgeError
 
 __all__ = ["BatchConfig", "BatchObserver", "CallScope", "DeviceWorker"]
@@ -298,7 +297,7 @@ def _axes(specs: Iterable[TensorSpec]) -> set[str]:
     }
 
 
-class _BatchingRunner(Runner):
+class _BatchingRunner(WrappedRunner):
     """A runner whose calls a worker makes.
 
     Results are the caller's own, also where the inner runner lends: rows of a merged batch are copied out of it by the
@@ -307,37 +306,15 @@ class _BatchingRunner(Runner):
     """
 
     def __init__(self, inner: Runner, worker: DeviceWorker) -> None:
-        super().__init__(inner.name, tuple(inner.inputs.values()), tuple(inner.outputs.values()))
-        self.inner, self._worker = inner, worker
+        super().__init__(inner)
+        self._worker = worker
         self._layout = _Layout.of(inner.inputs.values(), inner.outputs.values())
         self.running = 0  # batches that threads of the worker run; under its lock, as the next
         self.flying = 0  # those that a device still runs
 
     @property
-    def backend(self) -> str:
-        return self.inner.backend
-
-    @property
-    def device(self) -> str:
-        return self.inner.device
-
-    @property
-    def resident(self) -> bool:
-        return self.inner.resident
-
-    @property
-    def max_batch(self) -> int | None:
-        return self.inner.max_batch
-
-    def upload(self, array: npt.NDArray[Any]) -> Array:
-        return self.inner.upload(array)
-
-    def concatenate(self, arrays: Sequence[Array]) -> Array:
-        return self.inner.concatenate(arrays)
-
-    def _stage(self, array: Array) -> Array:
-        # What is on a device stays there; the inner runner stages what it gets.
-        return to_host(array) if isinstance(array, np.ndarray) else array
+    def loans(self) -> bool:
+        return False
 
     def _infer(self, feeds: Mapping[str, Array], outputs: tuple[str, ...]) -> dict[str, Array]:
         return self._handed_over(feeds, outputs, False)
@@ -368,7 +345,7 @@ class _BatchingRunner(Runner):
 
     def _close(self) -> None:
         self._worker._release(self)
-        self.inner.close()
+        super()._close()
 
     # -- in a thread of the worker ----------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from lp_edge.errors import EngineError, TensorError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Array", "Runner", "TensorSpec", "fetch", "to_host"]
+__all__ = ["Array", "Runner", "TensorSpec", "WrappedRunner", "fetch", "to_host"]
 
 
 @runtime_checkable
@@ -313,3 +313,54 @@ class Runner(ABC):
                         f"expected {layout} with {axis} = {known}, as in {origin}",
                         f"give both the same size along {axis}",
                     )
+
+
+class WrappedRunner(Runner):
+    """A runner that passes everything on to another one, for subclasses that watch or change a part of it.
+
+    Args:
+        inner: the other one; closed with this one.
+    """
+
+    def __init__(self, inner: Runner) -> None:
+        super().__init__(inner.name, tuple(inner.inputs.values()), tuple(inner.outputs.values()))
+        self.inner = inner
+
+    @property
+    def backend(self) -> str:
+        return self.inner.backend
+
+    @property
+    def device(self) -> str:
+        return self.inner.device
+
+    @property
+    def loans(self) -> bool:
+        return self.inner.loans
+
+    @property
+    def resident(self) -> bool:
+        return self.inner.resident
+
+    @property
+    def max_batch(self) -> int | None:
+        return self.inner.max_batch
+
+    def upload(self, array: npt.NDArray[Any]) -> Array:
+        return self.inner.upload(array)
+
+    def concatenate(self, arrays: Sequence[Array]) -> Array:
+        return self.inner.concatenate(arrays)
+
+    def _stage(self, array: Array) -> Array:
+        # What is on a device stays there; the inner runner stages what it gets.
+        return to_host(array) if isinstance(array, np.ndarray) else array
+
+    def _infer(self, feeds: Mapping[str, Array], outputs: tuple[str, ...]) -> dict[str, Array]:
+        return self.inner.infer(feeds, outputs)
+
+    def _infer_kept(self, feeds: Mapping[str, Array], outputs: tuple[str, ...]) -> dict[str, Array]:
+        return self.inner.infer(feeds, outputs, keep=True)
+
+    def _close(self) -> None:
+        self.inner.close()

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from lp_edge.engines.backends import BackendConfig
 from lp_edge.engines.bundle import open_bundle
-from lp_edge.engines.runner import Array, Runner
+from lp_edge.engines.runner import Array, Runner, WrappedRunner
 from lp_edge.runtime.bench import Observer, bench_animation
 from lp_edge.runtime.bench_calls import GpuSampler, origin_of, time_calls
 from lp_edge.runtime.bench_report import Table
@@ -35,50 +34,18 @@ class _Calls:
     count: int = 0
 
 
-class _Watched(Runner):
+class _Watched(WrappedRunner):
     """A runner whose calls a recorder sees."""
 
     def __init__(self, inner: Runner, recorder: CallRecorder) -> None:
-        super().__init__(inner.name, tuple(inner.inputs.values()), tuple(inner.outputs.values()))
-        self._inner, self._recorder = inner, recorder
-
-    @property
-    def backend(self) -> str:
-        return self._inner.backend
-
-    @property
-    def device(self) -> str:
-        return self._inner.device
-
-    @property
-    def loans(self) -> bool:
-        return self._inner.loans
-
-    @property
-    def resident(self) -> bool:
-        return self._inner.resident
-
-    @property
-    def max_batch(self) -> int | None:
-        return self._inner.max_batch
-
-    def upload(self, array: npt.NDArray[Any]) -> Array:
-        return self._inner.upload(array)
-
-    def concatenate(self, arrays: Sequence[Array]) -> Array:
-        return self._inner.concatenate(arrays)
+        super().__init__(inner)
+        self._recorder = recorder
 
     def infer(
         self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None, *, keep: bool = False
     ) -> dict[str, Array]:
-        with self._recorder.call(self._inner, feeds, outputs):
-            return self._inner.infer(feeds, outputs, keep=keep)
-
-    def _infer(self, feeds: Mapping[str, Array], outputs: tuple[str, ...]) -> dict[str, Array]:
-        return self._inner.infer(feeds, outputs)
-
-    def _close(self) -> None:
-        self._inner.close()
+        with self._recorder.call(self.inner, feeds, outputs):
+            return self.inner.infer(feeds, outputs, keep=keep)
 
 
 class CallRecorder(Observer):

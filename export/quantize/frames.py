@@ -18,7 +18,7 @@ import numpy.typing as npt
 from lp_edge.engines import names
 from lp_edge.engines.backends import BackendConfig, open_runner
 from lp_edge.engines.bundle import Bundle
-from lp_edge.engines.runner import Array, Runner, to_host
+from lp_edge.engines.runner import Array, Runner, WrappedRunner, to_host
 from lp_edge.errors import ConfigError, LpEdgeError, NoFaceError
 from lp_edge.runtime.animator import Animator
 from lp_edge.runtime.image import read_image
@@ -135,36 +135,25 @@ def _length(clip: Path) -> int:
     return frames
 
 
-class _Recorder(Runner):
+class _Recorder(WrappedRunner):
     """A network that notes what it is fed, and what it draws; not run at all unless ``draw``."""
 
     def __init__(self, inner: Runner, draw: bool) -> None:
-        super().__init__(inner.name, list(inner.inputs.values()), list(inner.outputs.values()))
-        self._inner, self._draw = inner, draw
+        super().__init__(inner)
+        self._draw = draw
         self.feeds: dict[str, npt.NDArray[Any]] = {}
         self.image: U8 = np.zeros(0, np.uint8)
-
-    @property
-    def backend(self) -> str:
-        return self._inner.backend
-
-    @property
-    def device(self) -> str:
-        return self._inner.device
 
     def _infer(self, feeds: Mapping[str, Array], outputs: tuple[str, ...]) -> dict[str, Array]:
         self.feeds = {name: to_host(array) for name, array in feeds.items()}
         if self._draw:
-            results = self._inner.infer(feeds, outputs)
+            results = self.inner.infer(feeds, outputs)
         else:
             batch = feeds[names.KP_DRIVING].shape[0]
             shape = [batch, *self.outputs[names.IMAGE].shape[1:]]
             results = {names.IMAGE: np.zeros([int(size) for size in shape], np.uint8)}
         self.image = np.asarray(to_host(results[names.IMAGE])[0], np.uint8)
         return results
-
-    def _close(self) -> None:
-        self._inner.close()
 
 
 def shots(

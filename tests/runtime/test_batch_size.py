@@ -16,7 +16,7 @@ import pytest
 
 from lp_edge.engines import names
 from lp_edge.engines.backends import BackendConfig
-from lp_edge.engines.runner import Array, Runner
+from lp_edge.engines.runner import Array, Runner, WrappedRunner
 from lp_edge.errors import ConfigError, MediaError
 from lp_edge.runtime.animator import Animator
 from lp_edge.runtime.batch_size import MAX_BATCH_SIZE, BatchTuner, candidates
@@ -105,20 +105,12 @@ def test_candidates() -> None:
     assert candidates(MAX_BATCH_SIZE, True, 100) == (MAX_BATCH_SIZE,)
 
 
-class Counting(Runner):
+class Counting(WrappedRunner):
     """A runner that notes the rows of each call; ``bound`` rows at most, results kept where asked for."""
 
     def __init__(self, inner: Runner, calls: list[int], bound: int | None, resident: bool) -> None:
-        super().__init__(inner.name, tuple(inner.inputs.values()), tuple(inner.outputs.values()))
-        self.inner, self.calls, self.bound, self._resident = inner, calls, bound, resident
-
-    @property
-    def backend(self) -> str:
-        return self.inner.backend
-
-    @property
-    def device(self) -> str:
-        return self.inner.device
+        super().__init__(inner)
+        self.calls, self.bound, self._resident = calls, bound, resident
 
     @property
     def resident(self) -> bool:
@@ -134,8 +126,7 @@ class Counting(Runner):
         self.calls.append(rows)
         return self.inner.infer(feeds, outputs)
 
-    def _close(self) -> None:
-        self.inner.close()
+    _infer_kept = _infer
 
 
 def open_counting(
