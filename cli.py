@@ -49,6 +49,18 @@ Exit codes:
     5  bundle incomplete or altered
 """
 
+# Of every command that runs networks.
+BACKEND_OPTION: dict[str, Any] = {
+    "multiple": True,
+    "metavar": "NAME=VALUE",
+    "help": "Handed to the backend as it is, for example max_batch=4 to tensorrt; may be given several times.",
+}
+PIXELS_OPTION: dict[str, Any] = {
+    "type": click.Choice(["auto", "host", "device"]),
+    "default": "auto",
+    "help": "Where crops are cut and pasted back: auto = on the device where the backend keeps frames there.",
+}
+_VIDEO = click.Choice(["auto", "software", "nvidia", "gstreamer"])
 _ARENA_MAX = -8  # M_ARENA_MAX of glibc's malloc.h
 _PLAIN_EVERY = 5.0  # seconds between two lines of progress where there is no terminal
 
@@ -210,19 +222,8 @@ def _backend_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--threads", type=int, default=0, show_default=True, help="CPU threads; 0 = one per core."
             ),
-            click.option(
-                "--backend-option",
-                multiple=True,
-                metavar="NAME=VALUE",
-                help="Handed to the backend as it is, for example max_batch=4 to tensorrt; may be given several times.",
-            ),
-            click.option(
-                "--pixels",
-                type=click.Choice(["auto", "host", "device"]),
-                default="auto",
-                show_default=True,
-                help="Where crops are cut and pasted back: auto = on the device where the backend keeps frames there.",
-            ),
+            click.option("--backend-option", **BACKEND_OPTION),
+            click.option("--pixels", show_default=True, **PIXELS_OPTION),
         )
     ):
         result = option(result)
@@ -538,7 +539,7 @@ Examples:
 )
 @click.option(
     "--decoder",
-    type=click.Choice(["auto", "software", "nvidia", "gstreamer"]),
+    type=_VIDEO,
     default="auto",
     show_default=True,
     help="What decodes clips: auto = hardware that gives the same frames, where the networks keep theirs on the device, otherwise "
@@ -546,7 +547,7 @@ Examples:
 )
 @click.option(
     "--encoder",
-    type=click.Choice(["auto", "software", "nvidia", "gstreamer"]),
+    type=_VIDEO,
     default="auto",
     show_default=True,
     help="What encodes H.264 (.mp4, .mov, .mkv), likewise.",
@@ -1266,11 +1267,10 @@ def _engines(
     folder: Path, settings: TensorRtConfig, device: int, silent: bool, *, exported: bool
 ) -> dict[str, Any]:
     """Engines of a bundle, as the result tells them; a failure says that a bundle exported before is whole."""
-    from lp_edge.engines.bundle import open_bundle
+    from lp_edge.engines.bundle import MANIFEST, load_manifest
     from lp_edge.export.engines import build, device_graphs, engine_json, options_of
 
     start = time.perf_counter()
-    bundle = open_bundle(folder)
     try:
         with _build_progress(silent) as progress:
             graphs = device_graphs(settings)
@@ -1290,7 +1290,9 @@ def _engines(
         "backend_options": {k: v for k, v in options_of(settings).items() if k != "timing_cache"},
     }
     if not exported:
-        told.update(family=bundle.manifest.family, networks=[], seconds=time.perf_counter() - start)
+        told.update(
+            family=load_manifest(folder / MANIFEST).family, networks=[], seconds=time.perf_counter() - start
+        )
     return told
 
 

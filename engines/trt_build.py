@@ -48,6 +48,7 @@ __all__ = [
     "copy_precisions",
     "flags_of",
     "import_tensorrt",
+    "is_jetson",
     "logger_of",
     "profile_of",
     "remedy",
@@ -60,9 +61,14 @@ _LOG = logging.getLogger("lp_edge")
 _TEGRA: Final = Path("/etc/nv_tegra_release")
 
 
+def is_jetson() -> bool:
+    """Whether this machine is a Jetson."""
+    return _TEGRA.exists()
+
+
 def remedy() -> str:
     """How to get TensorRT on this machine."""
-    if _TEGRA.exists():
+    if is_jetson():
         how = "sudo apt install nvidia-jetpack, and a virtual environment of JetPack's Python with --system-site-packages"
     else:
         how = "pip install tensorrt-cu13 (driver 580 or newer) or tensorrt-cu12 (525 or newer)"

@@ -33,6 +33,7 @@ import av.error
 import av.logging
 import numpy as np
 
+from lp_edge.engines.trt_build import is_jetson
 from lp_edge.errors import BackendUnavailable, ConfigError, LpEdgeError, MediaError
 from lp_edge.runtime.hardware_video_gstreamer import GStreamerEncoder, gstreamer_frames
 from lp_edge.runtime.hardware_video_nvcodec import NvCodecEncoder, nvcodec_frames
@@ -49,7 +50,6 @@ __all__ = [
     "Video",
     "VideoConfig",
     "frames_by",
-    "is_jetson",
     "nvenc_options",
     "try_decoder",
     "try_encoder",
@@ -58,7 +58,6 @@ __all__ = [
 VIDEO_CHOICES: Final = ("auto", "software", "nvidia", "gstreamer")
 """What may decode or encode."""
 
-_JETSON_RELEASE: Final = Path("/etc/nv_tegra_release")
 _MOST_CLIPS: Final = 64  # a server decodes without end
 
 
@@ -188,11 +187,6 @@ ENCODERS: Final = (
 
 def _pyav() -> int:
     return int(av.__version__.split(".")[0])
-
-
-def is_jetson() -> bool:
-    """Whether this machine is a Jetson."""
-    return _JETSON_RELEASE.exists()
 
 
 def _kinds(choice: str) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from lp_edge.engines.backends import BackendConfig, open_runner
 from lp_edge.errors import BundleError, ExportError
 from lp_edge.export.networks import LivePortraitNetworks
 from lp_edge.export.onnx_export import serialise
+from lp_edge.export.quantize.quality import psnr_db
 
 __all__ = [
     "NETWORKS",
@@ -66,7 +67,6 @@ TABLE: Final = "parity"
 _INSIDE: Final = (names.DEFORMATION, names.OCCLUSION_MAP, names.WARPED)
 _POSE: Final = (names.PITCH, names.YAW, names.ROLL)
 _PSNR: Final = "image_psnr_db"
-_PSNR_CAP: Final = 100.0  # equal pictures; a manifest holds finite numbers only
 
 # What is never quantised, around which the rest may be in half precision; the picture has a report of its own (quality.json).
 _EIGHT_BITS: Final = {names.WARP_DECODE: {"deformation_max": 1e-3, "occlusion_map_max": 1e-2}}
@@ -363,8 +363,7 @@ def _figures(name: str, got: Array, want: Array) -> dict[str, float]:
     if name != names.IMAGE:
         return {"degrees_max" if name in _POSE else f"{name}_max": float(gap.max())}
     mse = float(np.square(gap).mean(axis=(1, 2, 3)).max())  # of the worst picture
-    psnr = _PSNR_CAP if mse == 0 else min(_PSNR_CAP, float(10 * np.log10(255**2 / mse)))
-    return {"image_max": float(gap.max()), "image_off": float((gap > 1).mean()), _PSNR: psnr}
+    return {"image_max": float(gap.max()), "image_off": float((gap > 1).mean()), _PSNR: psnr_db(mse)}
 
 
 def _cut(model: onnx.ModelProto, tensors: tuple[str, ...]) -> bytes:

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["PSNR_CAP", "Figures", "compare", "markdown", "summary"]
+__all__ = ["PSNR_CAP", "Figures", "compare", "markdown", "psnr_db", "summary"]
 
 U8 = npt.NDArray[np.uint8]
 
@@ -31,6 +31,11 @@ class Figures:
     max_abs: int
 
 
+def psnr_db(mse: float) -> float:
+    """Peak signal to noise ratio of 8-bit pictures with a mean squared error, dB; :data:`PSNR_CAP` for equal ones."""
+    return PSNR_CAP if mse == 0 else min(PSNR_CAP, float(10 * np.log10(255**2 / mse)))
+
+
 def compare(got: U8, want: U8, where: str = "") -> Figures:
     """Compare pictures uint8 ``[H, W, 3]``, all channels alike.
 
@@ -42,8 +47,6 @@ def compare(got: U8, want: U8, where: str = "") -> Figures:
     """
     a, b = got.astype(np.float64), want.astype(np.float64)
     gap = np.abs(a - b)
-    mse = float(np.square(gap).mean())
-    psnr = PSNR_CAP if mse == 0 else min(PSNR_CAP, float(10 * np.log10(255**2 / mse)))
 
     def blur(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         return np.asarray(cv2.GaussianBlur(x, _WINDOW, _SIGMA))
@@ -55,7 +58,7 @@ def compare(got: U8, want: U8, where: str = "") -> Figures:
     ssim = ((2 * mean_a * mean_b + _C1) * (2 * both + _C2)) / (
         (mean_a**2 + mean_b**2 + _C1) * (var_a + var_b + _C2)
     )
-    return Figures(where, psnr, float(ssim.mean()), int(gap.max(initial=0)))
+    return Figures(where, psnr_db(float(np.square(gap).mean())), float(ssim.mean()), int(gap.max(initial=0)))
 
 
 def summary(frames: Sequence[Figures]) -> dict[str, Any]:

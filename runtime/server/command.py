@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from lp_edge.cli import Guarded, common_options, name_and_value
-from lp_edge.engines.backends import PIXELS, BackendConfig
+from lp_edge.cli import BACKEND_OPTION, PIXELS_OPTION, Guarded, common_options, name_and_value
+from lp_edge.engines.backends import BackendConfig
 from lp_edge.errors import BackendUnavailable, ConfigError
 from lp_edge.runtime.server import log
 from lp_edge.runtime.server.config import Limits, ServerConfig, TlsConfig, check_token
@@ -197,19 +197,8 @@ Exit codes:
     help="Index of a GPU; may be given several times, streams are spread over them.",
 )
 @_networks("--threads", type=int, metavar="N", default=0, help="CPU threads; 0 = one per core.")
-@_networks(
-    "--backend-option",
-    "backend_options",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="Handed to the backend as it is, for example max_batch=4 to tensorrt; may be given several times.",
-)
-@_networks(
-    "--pixels",
-    type=click.Choice(PIXELS),
-    default="auto",
-    help="Where crops are cut and pasted back: auto = on the device where the backend keeps frames there.",
-)
+@_networks("--backend-option", "backend_options", **BACKEND_OPTION)
+@_networks("--pixels", **PIXELS_OPTION)
 @_batch(
     "--max-batch",
     type=int,
