@@ -91,7 +91,7 @@ class Device:
                 Animator(bundle, backend=backend, face_models=config.face_models, wrap=self.worker.wrap)
             )
             self._name = self.animator.finder.mesh.runner.device
-            if self.animator.family.resident:
+            if self.animator.family.accelerated:
                 self._warm_up()
             self._stack = stack.pop_all()
 
